@@ -52,6 +52,8 @@ from src.report import RunLog
 from src.reward_model import AceRewardModel, choose_reward_model
 from src.sampler import Samples, sample
 
+PASS_COST = 64  # what one more forward and backward pass costs, in tokens of a pass
+
 # Shapes: Q questions a step, G completions a question, B = Q x G completions, T tokens of the longest sequence.
 
 
@@ -618,9 +620,21 @@ def update(
 
 
 def micro_batches(samples: Samples, rows: torch.Tensor, size: int) -> list[torch.Tensor]:
-    """Split `rows` (n,) into index tensors of at most `size` completions of similar length, so that little is padding."""
+    """Split `rows` (n,) into index tensors of at most `size` completions, so that padding and passes together cost least.
+
+    Rows are sorted by length; the best cuts are found by dynamic programming. A pass costs its rows x its longest row, in
+    tokens, and PASS_COST more: one long completion among seven short ones goes alone.
+    """
     lengths = samples.attention_mask.sum(dim=1).cpu()[rows]
-    return [r for r in rows[lengths.argsort(stable=True)].split(size) if len(r)]
+    rows, lengths = rows[lengths.argsort(stable=True)], lengths.sort().values.tolist()
+    best: list[tuple[float, int]] = [(0.0, 0)]  # cost of the first i rows, and where their last pass begins
+    for i in range(1, len(rows) + 1):
+        best.append(min((best[j][0] + (i - j) * lengths[i - 1] + PASS_COST, j) for j in range(max(0, i - size), i)))
+    cuts, end = [], len(rows)
+    while end:
+        cuts.append(rows[best[end][1] : end])
+        end = best[end][1]
+    return cuts[::-1]
 
 
 def width(samples: Samples, rows: torch.Tensor) -> int:
