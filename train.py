@@ -23,11 +23,12 @@ import json
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+import transformers
 import tyro
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -123,7 +124,8 @@ def main(
         kl_weight: Weight of the KL divergence to the model as it was loaded; 0 keeps no reference model.
         clip_eps: Half-width of the interval around 1 to which the policy ratio is clipped.
         max_norm: Gradients are scaled down to this norm.
-        advantage_scale: Divide centred rewards by the std of the batch, of their group (the GRPO paper), or by nothing (Dr. GRPO).
+        advantage_scale: Divide centred rewards by the std of the batch, of their group (the GRPO paper), or by nothing
+            (Dr. GRPO).
         loss_normalizer: What counts the same: each token (DAPO), each completion (the GRPO paper), or each token over a
             constant length (Dr. GRPO).
         seed: Of the order of the problems and of the samples.
@@ -134,7 +136,8 @@ def main(
         temperature: Of sampling, above 0; the log-probs of training use it too.
         top_p: Sample from the smallest set of tokens that has this probability.
         system_prompt: System message before each question; by default what the chat template says.
-        reward_scorer: Weight of the hybrid score: sigmoid of the question's difficulty (HERO), or tanh of the score (experimental).
+        reward_scorer: Weight of the hybrid score: sigmoid of the question's difficulty (HERO), or tanh of the score itself
+            (experimental).
         verifier_method: strict accepts marked final answers only (<answer>, \\boxed{}, ####); flexible also the last number.
         alpha: Half-width of the band of wrong answers.
         beta: Half-width of the band of right answers.
@@ -161,7 +164,9 @@ def main(
     problems = read_prompts(data, "--data")
     eval_problems = read_prompts(eval_data, "--eval-data") if eval_data else []
     if len(problems) < rollouts_per_step:
-        raise InputError(f"--data {data}: {len(problems)} problems, but --rollouts-per-step is {rollouts_per_step}; add problems or lower it")
+        raise InputError(
+            f"--data {data}: {len(problems)} problems, but --rollouts-per-step is {rollouts_per_step}; add problems or lower it"
+        )
     if device != "auto" and not getattr(torch, device).is_available():
         raise InputError(f"--device {device}: PyTorch finds none on this machine; leave it at auto")
 
@@ -176,8 +181,11 @@ def main(
     # Models
     in_its_place = "" if "tinyllama" in model_name.lower() else f" in its place: {model_name}"
     print(f"Loading TinyLlama model...{in_its_place}", flush=True)
+    transformers.utils.logging.disable_progress_bar()  # of reading weights; downloads keep theirs
     policy, tokenizer = models.load_policy(model_name, run_device)
     compute_dtype = models.pick_dtype(run_device, dtype)
+    compute = f"computes in {str(compute_dtype).removeprefix('torch.')} on {run_device.type}"
+    print(f"policy: {policy.num_parameters() / 1e6:.1f} million weights, trained in float32, {compute}", flush=True)
     master = models.MasterWeights(policy, compute_dtype)
     reference = models.frozen_copy(policy) if kl_weight > 0 else None
     optimizer = torch.optim.AdamW(master.parameters, lr=lr, weight_decay=weight_decay, fused=True)
@@ -221,20 +229,24 @@ def main(
     started = time.perf_counter()
     for step in range(total_steps + 1):
         metrics: dict[str, float] = {}
-        step_started = time.perf_counter()
 
         # Held-out accuracy of the policy after `step` steps: before the first, every interval, after the last.
         if eval_problems and (step in (0, total_steps) or (eval_interval and step % eval_interval == 0)):
-            evaluation = evaluate(policy, tokenizer, verifier, eval_problems, eval_prompt_ids, group_size * rollouts_per_step, sampling)
+            evaluation = evaluate(
+                policy, tokenizer, verifier, eval_problems, eval_prompt_ids, group_size * rollouts_per_step, sampling
+            )
             metrics |= evaluation
             accuracies.append(evaluation["eval/accuracy"])
-            print(f"held-out accuracy after {step} steps: {100 * accuracies[-1]:.1f} % of {len(eval_problems)}, greedy", flush=True)
+            print(
+                f"held-out accuracy after {step} steps: {100 * accuracies[-1]:.1f} % of {len(eval_problems)}, greedy", flush=True
+            )
         if step == total_steps:
             if metrics:
                 run.metrics(step, metrics)
                 accelerator.log(metrics, step=step)
             break
 
+        step_started = time.perf_counter()
         # Which questions: a reshuffled pass over the problems; what does not fill a step waits for another epoch.
         if len(order) < rollouts_per_step:
             order = torch.randperm(len(problems), generator=order_generator).tolist()
@@ -352,7 +364,9 @@ def check_wandb() -> None:
 
     settings = wandb.setup().settings
     if settings.mode not in ("offline", "disabled") and not wandb.api.api_key:
-        raise InputError("--wandb-project: no W&B login on this machine; run `wandb login`, or set WANDB_MODE=offline to log without an account")
+        raise InputError(
+            "--wandb-project: no W&B login on this machine; run `wandb login`, or set WANDB_MODE=offline to do without an account"
+        )
 
 
 @dataclass
@@ -376,14 +390,18 @@ def read_prompts(data: str, flag: str) -> list[Problem]:
             lines = Path(data).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise InputError(f"{flag} {data}: cannot be read ({reason}); give a JSONL file of {{'question', 'answer'}} records") from None
+            raise InputError(
+                f"{flag} {data}: cannot be read ({reason}); give a JSONL file of {{'question', 'answer'}} records"
+            ) from None
         records = []
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 try:
                     records.append((f"{data}, line {number}", json.loads(line)))
                 except json.JSONDecodeError as error:
-                    raise InputError(f"{data}, line {number}: not JSON ({error}); each line must be one {{'question', 'answer'}} object") from None
+                    raise InputError(
+                        f"{data}, line {number}: not JSON ({error}); each line must be one {{'question', 'answer'}} object"
+                    ) from None
     problems = []
     for source, record in records:
         values = [record.get(key) if isinstance(record, dict) else None for key in ("question", "answer")]
@@ -414,7 +432,10 @@ def load_hub_data(data: str, flag: str) -> list[dict]:
                 raise
             rows = datasets.load_dataset(name, "main", split=split or "train")
     except Exception as error:  # datasets raises whatever its storage backend of the day raises
-        raise InputError(f"{flag} {data}: could not be loaded ({type(error).__name__}: {error}); check the name and the network, or give a JSONL file") from None
+        raise InputError(
+            f"{flag} {data}: could not be loaded ({type(error).__name__}: {error}); check the name and the network, "
+            "or give a JSONL file"
+        ) from None
     return list(rows)
 
 
@@ -555,23 +576,19 @@ def update(
     Returns:
         The policy/... metrics, means over all tokens of the step.
     """
-    ref_log_probs = None
-    if reference is not None:
-        with torch.no_grad():
-            ref_log_probs = torch.zeros_like(samples.log_probs)  # (B, T-1)
-            for rows in micro_batches(samples, torch.arange(len(advantages)), micro_batch_size):
-                ref_log_probs[rows, : width(samples, rows)] = row_log_probs(reference, samples, rows, temperature)
-
+    ref_log_probs = None if reference is None else reference_log_probs(reference, samples, micro_batch_size, temperature)
     totals = dict.fromkeys(("loss", "kl", "clipped", "tokens", "gap", "gap_tokens"), 0.0)
-    grad_norms, moved, skipped = [], None, 0
+    grad_norms, moved = [], 0.0
     for _ in range(epochs_per_step):
         questions = torch.randperm(len(advantages) // group_size, generator=generator)
         order = (questions[:, None] * group_size + torch.arange(group_size)).flatten()  # (B,)
         for batch in order.split(train_batch_size):
-            weights = token_weights(samples.action_mask[batch], loss_normalizer, max_completion_length)
-            weights = torch.zeros_like(samples.log_probs).index_copy(0, batch.to(weights.device), weights)  # (B, T-1)
+            weights = torch.zeros_like(samples.log_probs)  # (B, T-1)
+            weights[batch] = token_weights(samples.action_mask[batch], loss_normalizer, max_completion_length)
             if kl_weight == 0:
                 batch = batch[(advantages[batch] != 0).cpu()]
+            if len(batch) == 0:
+                continue
             for rows in micro_batches(samples, batch, micro_batch_size):
                 n = width(samples, rows)
                 mask, old = samples.action_mask[rows, :n], samples.log_probs[rows, :n]  # (b, t-1)
@@ -587,36 +604,41 @@ def update(
                 totals["loss"] += loss.item()
                 totals["clipped"] += clipped.sum().item()
                 totals["tokens"] += mask.sum().item()
-                if not grad_norms:  # before the first optimizer step: sampler and trainer are the same weights
+                if not grad_norms:  # before the first optimizer step: sampler and trainer have the same weights
                     totals["gap"] += torch.where(mask, log_probs.detach() - old, 0.0).abs().sum().item()
                     totals["gap_tokens"] += mask.sum().item()
-            if len(batch) == 0:
-                continue
             grad_norm = torch.nn.utils.clip_grad_norm_(master.parameters, max_norm)
             grad_norms.append(grad_norm.item())
             if math.isfinite(grad_norms[-1]):
-                before = master.sample_values() if moved is None else None
+                before = master.sample_values() if len(grad_norms) == 1 else None
                 optimizer.step()
                 master.write_back()
                 moved = moved if before is None else share_moved(before, master.sample_values())
-            else:
-                skipped += 1
             optimizer.zero_grad(set_to_none=True)
-    if skipped:
-        print(f"warning: {skipped} of {len(grad_norms)} updates had a gradient that is not finite and were skipped", flush=True)
     finite = [g for g in grad_norms if math.isfinite(g)]
-    tokens = max(totals["tokens"], 1.0)
+    if len(finite) < len(grad_norms):
+        print(f"warning: the gradient of {len(grad_norms) - len(finite)} updates was not finite; they were skipped", flush=True)
     return {
         "policy/loss": totals["loss"] / max(len(grad_norms), 1),
-        "policy/kl": totals["kl"] / tokens,
-        "policy/clip_frac": totals["clipped"] / tokens,
+        "policy/kl": totals["kl"] / max(totals["tokens"], 1.0),
+        "policy/clip_frac": totals["clipped"] / max(totals["tokens"], 1.0),
         "policy/grad_norm": sum(finite) / max(len(finite), 1),
         "policy/updates": float(len(finite)),
-        "policy/skipped_updates": float(skipped),
-        "policy/moved_frac": moved if moved is not None else 0.0,
+        "policy/skipped_updates": float(len(grad_norms) - len(finite)),
+        "policy/moved_frac": moved,
         "policy/sampler_gap": totals["gap"] / max(totals["gap_tokens"], 1.0),
-        "policy/entropy": -samples.log_probs.sum().item() / max(samples.action_mask.sum().item(), 1),
+        # -log p of a sampled token is an unbiased estimate of the entropy of its distribution.
+        "policy/entropy": -samples.log_probs.sum().item() / samples.action_mask.sum().item(),
     }
+
+
+@torch.no_grad()
+def reference_log_probs(reference: PreTrainedModel, samples: Samples, micro_batch_size: int, temperature: float) -> torch.Tensor:
+    """Log-probs (B, T-1) of the samples under the frozen reference."""
+    log_probs = torch.zeros_like(samples.log_probs)
+    for rows in micro_batches(samples, torch.arange(len(log_probs)), micro_batch_size):
+        log_probs[rows, : width(samples, rows)] = row_log_probs(reference, samples, rows, temperature)
+    return log_probs
 
 
 def micro_batches(samples: Samples, rows: torch.Tensor, size: int) -> list[torch.Tensor]:
@@ -675,7 +697,9 @@ def evaluate(
     right = tokens = finished = 0
     for start in range(0, len(problems), batch_size):
         part = problems[start : start + batch_size]
-        samples = sample(policy, prompt_ids[start : start + batch_size], 1, temperature=0.0, top_p=1.0, generator=None, **sampling)
+        samples = sample(
+            policy, prompt_ids[start : start + batch_size], 1, temperature=0.0, top_p=1.0, generator=None, **sampling
+        )
         verdicts = verifier.verify_batch([p.question for p in part], decode(tokenizer, samples), [p.answer for p in part])
         right += sum(v["correct"] for v in verdicts)
         tokens += sum(map(len, samples.completion_ids))
@@ -696,7 +720,9 @@ def print_rollouts(questions: list[str], answers: list[str], scores: Scores, gro
     print(f"returns of step {step}: {scores.rewards.sum():.4f}", flush=True)
 
 
-def reward_metrics(scores: Scores, advantages: torch.Tensor, group_size: int, reward_model: AceRewardModel | None) -> dict[str, float]:
+def reward_metrics(
+    scores: Scores, advantages: torch.Tensor, group_size: int, reward_model: AceRewardModel | None
+) -> dict[str, float]:
     """The reward/... metrics; the README has a line on each."""
     groups = scores.rewards.view(-1, group_size)  # (Q, G)
     rules = scores.rule_rewards.view(-1, group_size)
@@ -742,7 +768,9 @@ def rollout_rows(
 ) -> list[dict]:
     """One record per completion for rollouts.jsonl: the text and each part of its reward."""
     finished = samples.finished.tolist()
-    parts = {name: getattr(scores, f"{name}").tolist() for name in ("rm_scores", "rm_clamped", "sigma_u", "r_hat", "weights", "rewards")}
+    parts = {
+        name: getattr(scores, name).tolist() for name in ("rm_scores", "rm_clamped", "sigma_u", "r_hat", "weights", "rewards")
+    }
     return [
         {
             "step": step,

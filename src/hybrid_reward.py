@@ -80,9 +80,7 @@ def get_our_final_reward(
     return tanh_weight(r_hat, w_min, w_max) * r_hat
 
 
-def difficulty_weight(
-    sigma_bar: Number, sigma_u: Number, w_min: float = 0.5, w_max: float = 2.0, k: float = 5.0
-) -> Number:
+def difficulty_weight(sigma_bar: Number, sigma_u: Number, w_min: float = 0.5, w_max: float = 2.0, k: float = 5.0) -> Number:
     """The weight of `get_final_reward`, by itself for the logs; scalar or (B,)."""
     x = k * (sigma_u - sigma_bar)
     # The same sigmoid written so that exp() cannot overflow a Python float.

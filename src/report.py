@@ -64,11 +64,15 @@ def _new_folder(output: Path, run_name: str | None) -> Path:
         n += 1
         folder = output / f"{name}-{n}"
     if folder.is_dir() and any(folder.iterdir()):
-        raise InputError(f"--run-name {name}: {folder} already holds a run, which is not overwritten; give another name or move it")
+        raise InputError(
+            f"--run-name {name}: {folder} already holds a run, which is not overwritten; give another name or move it"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".writable").touch()
         (folder / ".writable").unlink()
     except OSError as error:
-        raise InputError(f"--output {output}: {folder} cannot be written ({error.strerror}); give a folder of yours with --output") from None
+        raise InputError(
+            f"--output {output}: {folder} cannot be written ({error.strerror}); give a folder of yours with --output"
+        ) from None
     return folder

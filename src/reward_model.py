@@ -1,6 +1,7 @@
 """The reward model: how good is this solution? AceMath-7B-RM, or any sequence classifier with one label."""
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from src.errors import InputError
@@ -41,11 +42,13 @@ class AceRewardModel:
             self.model, loading = AutoModelForSequenceClassification.from_pretrained(
                 path, dtype=dtype, num_labels=1, output_loading_info=True, ignore_mismatched_sizes=True
             )
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise InputError(f"--reward-model-name {model_name}: could not be loaded ({type(error).__name__}: {error})") from None
         random = list(loading["missing_keys"]) + [key[0] for key in loading["mismatched_keys"]]
         if random:
-            raise InputError(f"--reward-model-name {model_name}: not a reward model with one label; without weights: {', '.join(random[:3])}")
+            raise InputError(
+                f"--reward-model-name {model_name}: not a reward model with one label; without weights: {', '.join(random[:3])}"
+            )
         if self.tokenizer.chat_template is None:
             raise InputError(f"--reward-model-name {model_name}: its tokenizer has no chat template")
         self.model.to(device).eval().requires_grad_(False)
@@ -83,19 +86,21 @@ class AceRewardModel:
             scores 0.0 and is counted in `self.failed`; scoring never stops a run.
         """
         prompts = [prompt] * len(responses) if isinstance(prompt, str) else prompt
-        encoded = [self.encode(p, r) for p, r in zip(prompts, responses, strict=True)]
-        scores = torch.zeros(len(responses))
+        pairs = list(zip(prompts, responses, strict=True))
+        # Each text once: its score must not depend, by a rounding error, on the batch that it happens to be in.
+        distinct = {pair: i for i, pair in enumerate(dict.fromkeys(pairs))}
+        encoded = [self.encode(p, r) for p, r in distinct]
+        scores = torch.full((len(encoded),), torch.nan)
         by_length = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))  # little padding in a batch
         for start in range(0, len(by_length), self.batch_size):
             rows = by_length[start : start + self.batch_size]
             try:
-                batch = self._forward([encoded[i] for i in rows])
+                scores[rows] = self._forward([encoded[i] for i in rows])
             except RuntimeError as error:  # out of memory above all
-                print(f"warning: the reward model failed on {len(rows)} responses, scored 0.0 ({error})", flush=True)
-                batch = torch.full((len(rows),), torch.nan)
-            self.failed += int((~batch.isfinite()).sum())
-            scores[rows] = torch.where(batch.isfinite(), batch, 0.0)
-        return scores
+                print(f"warning: the reward model failed on {len(rows)} texts, scored 0.0 ({error})", flush=True)
+        scores = scores[[distinct[pair] for pair in pairs]]  # (B,)
+        self.failed += int((~scores.isfinite()).sum())
+        return torch.where(scores.isfinite(), scores, 0.0)
 
     @torch.no_grad()
     def _forward(self, encoded: list[list[int]]) -> torch.Tensor:

@@ -57,26 +57,11 @@ def sample(
         `Samples`, on the model's device.
     """
     device = model.device
-    lengths = torch.tensor([len(ids) for ids in prompt_ids], device=device)  # (Q,)
-    longest = int(lengths.max())
-    # Prompts are padded on the left, so that all completions grow from one column; positions count real tokens only.
-    prompts = torch.full((len(prompt_ids), longest), pad_id, device=device)  # (Q, P)
-    for row, ids in zip(prompts, prompt_ids, strict=True):
-        row[longest - len(ids) :] = torch.tensor(ids, device=device)
-    mask = torch.arange(longest, device=device) >= longest - lengths[:, None]  # (Q, P)
-    cache = DynamicCache(config=model.config)
-    out = model(
-        input_ids=prompts,
-        attention_mask=mask.long(),
-        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
+    cache, logits, mask = _prefill(model, prompt_ids, pad_id)
     cache.batch_repeat_interleave(group_size)
-    logits = out.logits[:, -1].repeat_interleave(group_size, 0)  # (B, V)
-    mask = mask.repeat_interleave(group_size, 0).long()  # (B, P)
-    positions = lengths.repeat_interleave(group_size)  # (B,) where the next token goes
+    logits = logits.repeat_interleave(group_size, 0)  # (B, V)
+    mask = mask.repeat_interleave(group_size, 0)  # (B, P)
+    positions = mask.sum(dim=1)  # (B,) where the next token goes
     limits = max_length - positions  # (B,) tokens that a completion may have
     if max_new_tokens is not None:
         limits = limits.clamp(max=max_new_tokens)
@@ -118,6 +103,23 @@ def sample(
     return _join(prompt_ids, group_size, tokens, log_probs, counts, finished, pad_id)
 
 
+def _prefill(model: PreTrainedModel, prompt_ids: list[list[int]], pad_id: int) -> tuple[DynamicCache, torch.Tensor, torch.Tensor]:
+    """Read Q prompts: their cache, the logits (Q, V) of the first token of a completion, and the mask (Q, P) of real tokens.
+
+    Padded on the left, so that all completions grow from one column; positions count real tokens only.
+    """
+    longest = max(map(len, prompt_ids))
+    prompts = torch.tensor([[pad_id] * (longest - len(ids)) + ids for ids in prompt_ids], device=model.device)  # (Q, P)
+    lengths = torch.tensor([len(ids) for ids in prompt_ids], device=model.device)
+    mask = (torch.arange(longest, device=model.device) >= longest - lengths[:, None]).long()  # (Q, P)
+    cache = DynamicCache(config=model.config)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    out = model(
+        input_ids=prompts, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+    )
+    return cache, out.logits[:, -1], mask
+
+
 def _pick(
     logits: torch.Tensor, temperature: float, top_p: float, uniform: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -136,9 +138,8 @@ def _pick(
             beyond = ordered.cumsum(dim=-1) - ordered >= top_p  # the mass before a token already suffices
             probs = torch.zeros_like(probs).scatter(-1, order, ordered.masked_fill(beyond, 0.0))
         cdf = probs.cumsum(dim=-1)
-        total = cdf[:, -1:]
-        # Below the total, even where rounding would make it equal: the first entry above it then has a probability.
-        point = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+        # Held below the total where rounding would reach it: the first entry above the point then has a probability.
+        point = uniform[:, None] * cdf[:, -1:] * (1 - 2**-23)
         token = torch.searchsorted(cdf, point, right=True)[:, 0]
     return token, log_probs.gather(1, token[:, None])[:, 0]
 

@@ -1,0 +1,142 @@
+"""Tiny random models of the real architectures, saved to disk, so that the real loading code runs without a hub."""
+
+import os
+
+# Before anything reads them: no test may reach a network or Weights & Biases.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForSequenceClassification
+
+ROOT = Path(__file__).resolve().parent.parent
+
+VOCABULARY = 259  # three special tokens and 256 bytes
+
+# TinyLlama-Chat's: pad, end of completion and turn separator are all </s>.
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, and </s> for both padding and the end. Byte-level, as AutoTokenizer makes every Qwen 2 tokenizer."""
+    vocabulary = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(vocabulary)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+        unk_token="<unk>",
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return byte_tokenizer()
+
+
+def make_policy(seed: int = 0, **config) -> LlamaForCausalLM:
+    """Random Llama, float32. Weights larger than usual, so that its distributions are far from uniform."""
+    torch.manual_seed(seed)
+    settings = dict(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+        tie_word_embeddings=False,
+    )
+    return LlamaForCausalLM(LlamaConfig(**settings | config)).eval()
+
+
+@pytest.fixture
+def policy() -> LlamaForCausalLM:
+    return make_policy()
+
+
+@pytest.fixture(scope="session")
+def policy_folder(tmp_path_factory, tokenizer) -> Path:
+    """A saved random Llama with its tokenizer, as --model-name takes it."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    make_policy().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reward_model_folder(tmp_path_factory, tokenizer) -> Path:
+    """A saved random Qwen2 sequence classifier, AceMath-7B-RM's architecture, as --reward-model-name takes it."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-qwen2-rm"
+    torch.manual_seed(1)
+    config = Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        initializer_range=0.2,
+        num_labels=1,
+        eos_token_id=2,
+        pad_token_id=2,
+        use_sliding_window=False,
+    )
+    Qwen2ForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny(policy_folder, tmp_path) -> dict:
+    """Settings of main() for a run of seconds on the tiny policy."""
+    return dict(
+        model_name=str(policy_folder),
+        reward_model_name="none",
+        device="cpu",
+        data=str(ROOT / "data/dummy_math_tasks.jsonl"),
+        rollouts_per_step=2,
+        group_size=4,
+        train_batch_size=4,
+        max_length=160,
+        max_new_tokens=12,
+        max_steps=2,
+        output=str(tmp_path / "output"),
+        run_name="run",
+    )
+
+
+def run_command(*arguments: str, timeout: float = 120, **kwargs) -> subprocess.CompletedProcess:
+    """Run a script of the repository as a user would, from another folder's point of view: by the repository's root."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        stdin=subprocess.DEVNULL,
+        **kwargs,
+    )
+
+
+def as_flags(settings: dict) -> list[str]:
+    """main()'s parameters as command-line flags."""
+    return [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", str(value))]

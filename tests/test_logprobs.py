@@ -1,0 +1,144 @@
+"""Log-probs in chunks against the plain ones, and the float32 master weights."""
+
+import copy
+
+import pytest
+import torch
+
+from src import logprobs
+from src.logprobs import completion_log_probs
+from src.models import MasterWeights, check_head, frozen_copy
+from tests.conftest import make_policy
+
+
+def batch(seed=0, lengths=(9, 5, 12), prompt=3):
+    g = torch.Generator().manual_seed(seed)
+    width = max(lengths)
+    ids = torch.randint(3, 259, (len(lengths), width), generator=g)
+    mask = torch.arange(width) < torch.tensor(lengths)[:, None]
+    ids = torch.where(mask, ids, 2)
+    actions = mask[:, 1:].clone()
+    actions[:, : prompt - 1] = False
+    return ids, mask, actions
+
+
+def naive(policy, ids, mask, actions, temperature):
+    logits = policy(ids, attention_mask=mask.long()).logits[:, :-1].float() / temperature
+    return logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0] * actions
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 1000])
+def test_values_and_gradients_equal_the_plain_ones_whatever_the_chunk(policy, monkeypatch, chunk):
+    monkeypatch.setattr(logprobs, "CHUNK_TOKENS", chunk)
+    ids, mask, actions = batch()
+    weights = torch.rand(actions.shape, generator=torch.Generator().manual_seed(1))
+    ours = completion_log_probs(policy, ids, mask, actions, 0.7)
+    (ours * weights).sum().backward()
+    gradients = [p.grad.clone() for p in policy.parameters()]
+    policy.zero_grad()
+    plain = naive(policy, ids, mask, actions, 0.7)
+    (plain * weights).sum().backward()
+    torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
+    for g, p in zip(gradients, policy.parameters(), strict=True):
+        torch.testing.assert_close(g, p.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_rows_in_a_batch_equal_rows_alone(policy):
+    ids, mask, actions = batch()
+    together = completion_log_probs(policy, ids, mask, actions, 0.8)
+    for i, n in enumerate(mask.sum(1).tolist()):
+        alone = completion_log_probs(policy, ids[i : i + 1, :n], mask[i : i + 1, :n], actions[i : i + 1, : n - 1], 0.8)
+        torch.testing.assert_close(together[i, : n - 1], alone[0], atol=1e-5, rtol=0)
+
+
+def test_logits_never_exist_for_more_than_a_chunk_of_completion_tokens(policy, monkeypatch):
+    monkeypatch.setattr(logprobs, "CHUNK_TOKENS", 4)
+    seen = []
+    policy.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    ids, mask, actions = batch()
+    completion_log_probs(policy, ids, mask, actions, 1.0).sum().backward()
+    assert all(len(shape) == 2 and shape[0] <= 4 for shape in seen)
+    assert sum(shape[0] for shape in seen) == 2 * actions.sum()  # once forward, once for the backward; no prompt token
+
+
+def test_an_empty_mask_gives_zeros(policy):
+    ids, mask, actions = batch()
+    assert (completion_log_probs(policy, ids, mask, torch.zeros_like(actions), 1.0) == 0).all()
+
+
+def test_a_model_that_caps_its_logits_is_refused():
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    from src.errors import InputError
+
+    config = Gemma2Config(
+        vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, final_logit_softcapping=1.0, initializer_range=0.5,
+    )  # fmt: skip
+    with pytest.raises(InputError, match="soft cap"):
+        check_head(Gemma2ForCausalLM(config).eval())
+    check_head(make_policy())
+
+
+# -------------------------------------------------------------------------------------------------- master weights
+
+
+def test_updates_too_small_for_bfloat16_add_up_in_the_master_weights():
+    """The bug: at 5e-6 a bfloat16 weight of 0.05 (rounding step 2.4e-4) never moves, however many steps are taken."""
+    model = make_policy()
+    master = MasterWeights(model, torch.bfloat16)
+    before = [w.clone() for w in model.parameters()]
+    for _ in range(100):
+        for p in master.parameters:
+            p.data += 5e-6
+        master.write_back()
+    plain = [w.clone() for w in before]
+    for _ in range(100):
+        for w in plain:
+            w += 5e-6
+    moved = [(w != b).float().mean() for w, b in zip(model.parameters(), before, strict=True)]
+    lost = [(w == b).float().mean() for w, b in zip(plain, before, strict=True)]
+    assert sum(moved) / len(moved) > 0.5
+    assert sum(lost) / len(lost) > 0.9
+
+
+def test_a_bfloat16_model_equals_transformers_own(policy_folder):
+    """Rotary frequencies stay float32: rounding them would bend every position."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(policy_folder, dtype=torch.float32).eval()
+    MasterWeights(model, torch.bfloat16)
+    theirs = AutoModelForCausalLM.from_pretrained(policy_folder, dtype=torch.bfloat16).eval()
+    ids = torch.randint(3, 259, (1, 200), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, theirs(ids).logits)
+    assert model.config.dtype == torch.bfloat16
+
+
+def test_gradients_of_micro_batches_are_summed_in_float32():
+    model = make_policy()
+    exact = copy.deepcopy(model)
+    master = MasterWeights(model, torch.bfloat16)
+    parts = [batch(seed) for seed in range(4)]
+    total = [torch.zeros_like(p) for p in exact.parameters()]
+    for part in parts:
+        completion_log_probs(model, *part, 1.0).sum().backward()
+        for t, w in zip(total, model.parameters(), strict=True):
+            t += w.grad.float()
+        master.accumulate_gradients()
+        assert all(w.grad is None for w in model.parameters())
+    for t, p in zip(total, master.parameters, strict=True):
+        assert p.grad.dtype == torch.float32
+        torch.testing.assert_close(p.grad, t)
+
+
+def test_in_float32_the_model_is_its_own_master(policy):
+    master = MasterWeights(policy, torch.float32)
+    assert all(a is b for a, b in zip(master.parameters, policy.parameters(), strict=True))
+
+
+def test_the_reference_is_frozen_and_apart(policy):
+    reference = frozen_copy(policy)
+    assert not any(p.requires_grad for p in reference.parameters())
+    policy.lm_head.weight.data += 1
+    assert not torch.equal(reference.lm_head.weight, policy.lm_head.weight)

@@ -1,0 +1,98 @@
+"""Finding and loading models: the embedded one, and every way a name can be wrong."""
+
+import shutil
+import socket
+import time
+
+import pytest
+import torch
+
+from src import models
+from src.errors import InputError
+
+CPU = torch.device("cpu")
+
+
+def test_the_embedded_model_has_the_right_end_token_and_answers():
+    policy, tokenizer = models.load_policy("embedded", CPU)
+    assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|im_end|>", 2)
+    assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("<|endoftext|>", 0)
+    assert models.stop_token_ids(policy, tokenizer) == [2]
+    assert policy.num_parameters() == 134_515_008
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is 2 + 1?"}], tokenize=False, add_generation_prompt=True
+    )
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+    assert ids.input_ids[0, 0] == 1 and (ids.input_ids == 1).sum() == 3  # one <|im_start|> a turn, none doubled
+    out = policy.generate(**ids, max_new_tokens=24, do_sample=False)
+    assert out[0, -1] == 2  # it ends its turn; with the file's own end token it never would
+    assert "answer" in tokenizer.decode(out[0, ids.input_ids.shape[1] :])
+
+
+def test_a_local_folder_loads_in_float32(policy_folder):
+    policy, tokenizer = models.load_policy(str(policy_folder), CPU)
+    assert {p.dtype for p in policy.parameters()} == {torch.float32}
+    assert not policy.training
+    assert models.stop_token_ids(policy, tokenizer) == [2]
+
+
+def test_stop_tokens_are_those_of_the_tokenizer_and_of_the_generation_config(policy, tokenizer):
+    policy.generation_config.eos_token_id = [7, 5]
+    assert models.stop_token_ids(policy, tokenizer) == [2, 5, 7]
+
+
+def test_a_name_that_the_hub_cannot_be_asked_about_is_refused_within_15_s(monkeypatch):
+    """Offline, transformers alone retries for 23 s."""
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+
+    def no_network(*args, **kwargs):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    started = time.monotonic()
+    with pytest.raises(InputError, match=r"--model-name some/model: .*cannot be reached.*--model-name embedded"):
+        models.load_policy("some/model", CPU)
+    assert time.monotonic() - started < 15
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "a/b/c", "not a name!"])
+def test_a_name_that_is_no_folder_is_refused(name):
+    with pytest.raises(InputError, match=f"--model-name {name}: no such folder.*--model-name embedded"):
+        models.load_policy(name, CPU)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"no config\.json"):
+        models.load_policy(str(tmp_path), CPU)
+
+
+def test_a_folder_without_a_tokenizer_is_refused(policy_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(policy_folder, folder, ignore=shutil.ignore_patterns("tokenizer*", "chat_template*"))
+    with pytest.raises(InputError, match=r"no tokenizer could be loaded.*tokenizer\.save_pretrained"):
+        models.load_policy(str(folder), CPU)
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused(policy_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(policy_folder, folder, ignore=shutil.ignore_patterns("chat_template*"))
+    with pytest.raises(InputError, match=r"no chat template.*chat or instruct version"):
+        models.load_policy(str(folder), CPU)
+
+
+def test_a_folder_with_damaged_weights_is_refused(policy_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(policy_folder, folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(InputError, match="could not be loaded"):
+        models.load_policy(str(folder), CPU)
+
+
+def test_dtypes():
+    assert models.pick_dtype(CPU, "float32") == torch.float32
+    assert models.pick_dtype(CPU, "bfloat16") == torch.bfloat16
+    assert models.pick_dtype(CPU, "auto") in (torch.float32, torch.bfloat16)
+    with pytest.raises(InputError, match="'float16'"):
+        models.pick_dtype(CPU, "float16")

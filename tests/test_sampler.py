@@ -1,0 +1,149 @@
+"""The sampler against a teacher-forced forward, Hugging Face's generate and its own definition, on a tiny random Llama."""
+
+import pytest
+import torch
+
+from src import sampler
+from src.logprobs import completion_log_probs
+from src.sampler import sample
+from tests.conftest import make_policy
+
+PROMPTS = [[1, 10, 11, 12, 13, 14, 15, 16], [1, 20, 21], [1, 30, 2, 31, 32, 2]]  # of three lengths; one holds stop tokens
+EOS = 2
+
+
+def run(policy, prompts=PROMPTS, group_size=4, seed=0, temperature=0.8, **kwargs):
+    settings = dict(max_length=40, max_new_tokens=None, top_p=1.0, stop_ids=[EOS], pad_id=EOS) | kwargs
+    generator = torch.Generator().manual_seed(seed)
+    return sample(policy, prompts, group_size, temperature=temperature, generator=generator, **settings)
+
+
+def check_layout(samples, prompts, group_size):
+    """Ids, masks and lengths of every row, rebuilt from the lists of tokens."""
+    prompts = [p for p in prompts for _ in range(group_size)]
+    assert samples.sequence_ids.shape == samples.attention_mask.shape
+    assert samples.action_mask.shape == samples.log_probs.shape == samples.sequence_ids[:, 1:].shape
+    for i, (prompt, completion) in enumerate(zip(prompts, samples.completion_ids, strict=True)):
+        n, m = len(prompt), len(completion)
+        assert samples.sequence_ids[i, : n + m].tolist() == prompt + completion
+        assert samples.attention_mask[i].tolist() == [j < n + m for j in range(samples.sequence_ids.shape[1])]
+        assert samples.action_mask[i].nonzero()[:, 0].tolist() == list(range(n - 1, n + m - 1))
+        assert EOS not in completion[:-1]
+        assert samples.finished[i].item() == (completion[-1] == EOS)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 0.8, 1.0, 1.7])
+def test_log_probs_equal_a_teacher_forced_forward(policy, temperature):
+    samples = run(policy, temperature=temperature)
+    check_layout(samples, PROMPTS, 4)
+    with torch.no_grad():
+        logits = policy(samples.sequence_ids, attention_mask=samples.attention_mask.long()).logits[:, :-1]
+    log_probs = (logits / temperature).log_softmax(-1).gather(2, samples.sequence_ids[:, 1:, None])[..., 0]
+    gap = (log_probs - samples.log_probs)[samples.action_mask].abs().max()
+    assert gap < 1e-4
+    assert (samples.log_probs[~samples.action_mask] == 0).all()
+    ours = completion_log_probs(policy, samples.sequence_ids, samples.attention_mask, samples.action_mask, temperature)
+    assert (ours - samples.log_probs).abs().max() < 1e-4
+
+
+def test_the_stop_token_is_in_the_action_mask_although_it_is_the_padding_token():
+    policy = make_policy()
+    policy.lm_head.weight.data[EOS] += 0.5  # stops often
+    samples = run(policy, group_size=16)
+    check_layout(samples, PROMPTS, 16)
+    assert samples.finished.any() and not samples.finished.all()
+    for i in samples.finished.nonzero()[:, 0].tolist():
+        last = int(samples.attention_mask[i].sum()) - 1
+        assert samples.sequence_ids[i, last] == EOS
+        assert samples.action_mask[i, last - 1]
+        assert samples.log_probs[i, last - 1] < 0
+    assert samples.attention_mask[2 * 16, :6].all()  # stop tokens in a prompt are attended to
+
+
+def test_a_completion_that_stops_at_once_has_one_action():
+    policy = make_policy(tie_word_embeddings=False)
+    policy.lm_head.weight.data.zero_()
+    policy.lm_head.weight.data[EOS] = 100 * policy.model(torch.tensor([PROMPTS[1]])).last_hidden_state[0, -1].detach().sign()
+    samples = run(policy, [PROMPTS[1]], 3)
+    assert samples.completion_ids == [[EOS]] * 3
+    assert samples.action_mask.sum(dim=1).tolist() == [1, 1, 1]
+    assert samples.finished.all()
+
+
+def test_greedy_equals_generate(policy):
+    samples = run(policy, group_size=1, temperature=0.0, max_new_tokens=20)
+    for prompt, completion in zip(PROMPTS, samples.completion_ids, strict=True):
+        out = policy.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=20, eos_token_id=EOS, pad_token_id=EOS)
+        assert out[0, len(prompt) :].tolist() == completion
+
+
+def test_a_prompt_gets_the_same_completions_in_any_company(policy):
+    """Left padding, shared prefill and the batch have no say: same random numbers, same completions."""
+    alone = run(policy, [PROMPTS[0]], 4)
+    together = run(policy, [PROMPTS[0], PROMPTS[1]], 4)
+    # The generator draws one number a row: the first rows of the larger batch get other ones, so compare at temperature 0.
+    assert run(policy, PROMPTS, 1, temperature=0.0).completion_ids == [
+        run(policy, [p], 1, temperature=0.0).completion_ids[0] for p in PROMPTS
+    ]
+    assert alone.completion_ids != together.completion_ids[:4]
+
+
+@pytest.mark.parametrize("compact_below", [0.0, 0.5, 1.1])
+def test_when_finished_rows_leave_the_batch_does_not_matter(policy, monkeypatch, compact_below):
+    policy.lm_head.weight.data[EOS] += 0.3
+    expected = run(policy, group_size=8)
+    monkeypatch.setattr(sampler, "COMPACT_BELOW", compact_below)
+    samples = run(policy, group_size=8)
+    assert samples.completion_ids == expected.completion_ids
+    torch.testing.assert_close(samples.log_probs, expected.log_probs, atol=1e-5, rtol=0)
+
+
+def test_limits_hold_and_cut_off_completions_are_not_finished(policy):
+    samples = run(policy, max_length=12)
+    lengths = [len(c) for c in samples.completion_ids]
+    for i, length in enumerate(lengths):
+        limit = 12 - len(PROMPTS[i // 4])
+        assert length == limit or (length < limit and samples.finished[i])
+    assert max(map(len, run(policy, max_new_tokens=3).completion_ids)) == 3
+    assert run(policy, max_length=9, prompts=[PROMPTS[0]]).action_mask.sum(1).tolist() == [1] * 4
+
+
+def test_first_tokens_are_drawn_from_the_tempered_distribution(policy):
+    """20,000 draws: frequencies within 5 standard errors of softmax(logits / T); odds of a false alarm about 1 in 10,000."""
+    draws, temperature = 20_000, 0.7
+    samples = run(policy, [PROMPTS[1]], draws, temperature=temperature, max_new_tokens=1)
+    with torch.no_grad():
+        p = (policy(torch.tensor([PROMPTS[1]])).logits[0, -1] / temperature).softmax(-1)
+    counts = torch.bincount(torch.tensor([c[0] for c in samples.completion_ids]), minlength=len(p))
+    error = (counts / draws - p).abs() / (p * (1 - p) / draws).sqrt()
+    assert error[p > 1e-3].max() < 5
+    assert counts[p < 1e-7].sum() == 0
+
+
+def test_top_p_keeps_the_smallest_sufficient_set_and_records_untruncated_log_probs(policy):
+    samples = run(policy, [PROMPTS[1]], 2000, top_p=0.6, max_new_tokens=1)
+    with torch.no_grad():
+        p = (policy(torch.tensor([PROMPTS[1]])).logits[0, -1] / 0.8).softmax(-1)
+    order = p.argsort(descending=True)
+    size = int((p[order].cumsum(0) < 0.6).sum()) + 1
+    assert {c[0] for c in samples.completion_ids} <= set(order[:size].tolist())
+    assert len({c[0] for c in samples.completion_ids}) > 1
+    log_probs = samples.log_probs[samples.action_mask]
+    picked = torch.tensor([c[0] for c in samples.completion_ids])
+    torch.testing.assert_close(log_probs, p.log()[picked], atol=1e-5, rtol=0)
+
+
+def test_the_same_seed_gives_the_same_completions(policy):
+    assert run(policy, seed=5).completion_ids == run(policy, seed=5).completion_ids
+    assert run(policy, seed=5).completion_ids != run(policy, seed=6).completion_ids
+
+
+def test_the_last_number_of_the_unit_interval_never_picks_an_impossible_token():
+    logits = torch.full((1, 50), -torch.inf)
+    logits[0, :3] = torch.tensor([0.1, 0.2, 0.3])
+    top = torch.tensor([1.0 - 2**-24])
+    for top_p in (1.0, 0.9):
+        token, log_prob = sampler._pick(logits, 1.0, top_p, top)
+        assert token.item() in (0, 1, 2) and log_prob.isfinite().all()
+    token, _ = sampler._pick(logits, 1.0, 1.0, torch.tensor([0.0]))
+    assert token.item() == 0
