@@ -1,8 +1,7 @@
 """Write the arithmetic problems beside this file, the same ones each time: python data/make_arithmetic.py
 
-arithmetic_{train,test}.jsonl: sums and differences of numbers up to 21, where the embedded model begins at about one
-right answer in five. arithmetic_hard_{train,test}.jsonl: two-digit sums and products and three terms, where it begins
-near none. No expression of a test file is in its train file in any wording.
+arithmetic_{train,test}.jsonl: sums of two numbers up to 24, where the embedded model begins at about one right answer in
+five. arithmetic_hard_{train,test}.jsonl: two-digit sums and products and three terms, where it begins near none. No expression of a test file is in its train file in any wording.
 """
 
 import json
@@ -10,16 +9,13 @@ import random
 from pathlib import Path
 
 HERE = Path(__file__).parent
-WORDINGS = ("What is {}?", "Calculate {}.", "{} =")
+WORDINGS = ("What is {}?", "Calculate {}.", "{} =", "How much is {}?")
 TRAIN, TEST = 2000, 200
 
 
 def easy_expressions() -> list[tuple[str, int]]:
-    """Every a + b and every a - b that is not negative, up to 21."""
-    numbers = range(22)
-    sums = [(f"{a} + {b}", a + b) for a in numbers for b in numbers]
-    differences = [(f"{a} - {b}", a - b) for a in numbers for b in numbers if b <= a]
-    return sums + differences
+    """Every a + b of numbers up to 24."""
+    return [(f"{a} + {b}", a + b) for a in range(25) for b in range(25)]
 
 
 def hard_expressions(rng: random.Random) -> list[tuple[str, int]]:

@@ -108,7 +108,7 @@ def test_batch_is_verify_one_by_one_and_keeps_lengths_honest():
 
 
 def test_unknown_method_is_refused():
-    with pytest.raises(ValueError, match="'fuzzy'.*flexible.*strict"):
+    with pytest.raises(ValueError, match=r"'fuzzy'.*flexible.*strict"):
         MathVerifier("fuzzy")
 
 

@@ -80,7 +80,7 @@ def test_a_batch_that_fails_scores_zero_and_is_counted(reward_model_folder, monk
 
 
 def test_what_is_not_a_reward_model_is_refused(policy_folder, tmp_path):
-    with pytest.raises(InputError, match="not a reward model.*score"):
+    with pytest.raises(InputError, match=r"not a reward model.*score"):
         AceRewardModel(str(policy_folder))
     with pytest.raises(InputError, match="no such folder"):
         AceRewardModel(str(tmp_path / "none"))
