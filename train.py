@@ -49,7 +49,7 @@ from src.hybrid_reward import (
 )
 from src.logprobs import completion_log_probs
 from src.math_verifier import MathVerifier, ground_truth_of
-from src.report import RunLog
+from src.report import RunLog, choose_folder
 from src.reward_model import AceRewardModel, choose_reward_model
 from src.sampler import Samples, sample
 
@@ -170,6 +170,8 @@ def main(
     if device != "auto" and not getattr(torch, device).is_available():
         raise InputError(f"--device {device}: PyTorch finds none on this machine; leave it at auto")
 
+    folder = choose_folder(output, run_name)
+
     accelerator = Accelerator(cpu=device == "cpu", log_with="wandb" if wandb_project else None)
     if accelerator.num_processes > 1:
         raise InputError(f"{accelerator.num_processes} processes: training runs in one; start it with python train.py")
@@ -196,7 +198,7 @@ def main(
     verifier = MathVerifier(verifier_method)
     reward_model = load_reward_model(reward_model_name, model_name, policy, run_device, compute_dtype)
 
-    run = RunLog(output, run_name, {**hyperparameters, "device": str(run_device), "compute_dtype": str(compute_dtype)})
+    run = RunLog(folder, {**hyperparameters, "device": str(run_device), "compute_dtype": str(compute_dtype)})
     if wandb_project:
         accelerator.init_trackers(wandb_project, hyperparameters, {"wandb": {"name": run.folder.name, "dir": str(run.folder)}})
     print(f"found {len(problems)} matching prompts", flush=True)
@@ -421,9 +423,10 @@ def load_hub_data(data: str, flag: str) -> list[dict]:
     """Rows of hf:NAME[:CONFIG[:SPLIT]]; the config named "main" where there are several and none is given; split train."""
     import datasets
 
-    name, config, split, *rest = [*data.removeprefix("hf:").split(":"), "", ""][: data.count(":") + 2]
-    if rest or not name:
+    parts = data.removeprefix("hf:").split(":")
+    if len(parts) > 3 or not parts[0]:
         raise InputError(f"{flag} {data}: must be hf:NAME[:CONFIG[:SPLIT]], for example hf:openai/gsm8k:main:train")
+    name, config, split = parts + [""] * (3 - len(parts))
     try:
         try:
             rows = datasets.load_dataset(name, config or None, split=split or "train")

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Iterable
@@ -17,16 +18,19 @@ class RunLog:
     """The files of one run. Each line is written whole and at once, so that a killed run keeps all its steps.
 
     Args:
-        output: Folder of all runs; made if it is not there.
-        run_name: Name of this run's folder; None takes the time of day.
+        folder: From `choose_folder`; made here.
         config: The resolved hyperparameters, for config.json.
 
     Raises:
-        InputError: The folder cannot be written, or already holds a run.
+        InputError: The folder cannot be written.
     """
 
-    def __init__(self, output: str, run_name: str | None, config: dict):
-        self.folder = _new_folder(Path(output), run_name)
+    def __init__(self, folder: Path, config: dict):
+        self.folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{folder} cannot be made ({error.strerror}); give a folder of yours with --output") from None
         git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
         about = {
             "hyperparameters": config,
@@ -57,22 +61,26 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _new_folder(output: Path, run_name: str | None) -> Path:
+def choose_folder(output: str, run_name: str | None) -> Path:
+    """The folder that a run will have, checked before anything loads; nothing is made yet.
+
+    Args:
+        output: Folder of all runs.
+        run_name: Name of this run's folder; None takes the time of day.
+
+    Raises:
+        InputError: It cannot be written, or already holds a run.
+    """
     name = run_name or datetime.now().strftime("%Y%m%d-%H%M%S")
-    folder, n = output / name, 1
+    folder, n = Path(output) / name, 1
     while run_name is None and folder.exists():  # two runs in one second
         n += 1
-        folder = output / f"{name}-{n}"
+        folder = Path(output) / f"{name}-{n}"
+    above = next(p for p in [folder, *folder.absolute().parents] if p.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise InputError(f"--output {output}: {folder} cannot be written; give a folder of yours with --output")
     if folder.is_dir() and any(folder.iterdir()):
         raise InputError(
-            f"--run-name {name}: {folder} already holds a run, which is not overwritten; give another name or move it"
+            f"--run-name {name}: {folder} already holds a run, which is not overwritten; give another name or move the folder"
         )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
-    except OSError as error:
-        raise InputError(
-            f"--output {output}: {folder} cannot be written ({error.strerror}); give a folder of yours with --output"
-        ) from None
     return folder

@@ -137,8 +137,8 @@ def choose_reward_model(requested: str, policy_name: str, policy_parameters: int
     if device.type != "cuda":
         return None, f"auto: {ACEMATH} needs a GPU, and this run is on {device.type}"
     free = torch.cuda.mem_get_info(device)[0]
-    # 18 bytes a weight: compute copy, reference, master, gradient and two Adam moments; and 4 GB for activations.
-    needed = ACEMATH_BYTES + 18 * policy_parameters + 4e9
+    # 20 bytes a weight: compute copy 2, reference 2, master 4, gradient 4, Adam's moments 8; and 4 GB for activations.
+    needed = ACEMATH_BYTES + 20 * policy_parameters + 4e9
     if free < needed:
         return None, f"auto: {ACEMATH} beside the policy needs {needed / 1e9:.0f} GB, and the GPU has {free / 1e9:.0f} GB free"
     return ACEMATH, f"auto: the GPU has {free / 1e9:.0f} GB free, {needed / 1e9:.0f} GB needed"

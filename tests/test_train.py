@@ -1,0 +1,363 @@
+"""main() on tiny random models: whole runs, what they leave on disk, and every way to ask for the impossible."""
+
+import inspect
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import train
+from src import models
+from src.errors import InputError
+from src.hybrid_reward import combine_hybrid_score, get_final_reward, get_our_final_reward
+from tests.conftest import ROOT
+
+
+def metrics_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def rollouts_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "rollouts.jsonl").read_text().splitlines()]
+
+
+def without_times(rows: list[dict], prefixes=("time/",)) -> list[dict]:
+    return [{k: v for k, v in row.items() if not k.startswith(prefixes)} for row in rows]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+
+
+# ------------------------------------------------------------------------------------------------------- whole runs
+
+
+def test_a_run_moves_the_policy_and_leaves_reference_and_reward_model_alone(
+    tiny, policy_folder, reward_model_folder, monkeypatch, capsys
+):
+    kept = {}
+    frozen_copy, load_reward_model = models.frozen_copy, train.load_reward_model
+
+    def keep_reference(model):
+        kept["reference"] = frozen_copy(model)
+        return kept["reference"]
+
+    def keep_reward_model(*args):
+        kept["reward_model"] = load_reward_model(*args)
+        kept["before"] = {k: v.clone() for k, v in kept["reward_model"].model.state_dict().items()}
+        return kept["reward_model"]
+
+    monkeypatch.setattr(models, "frozen_copy", keep_reference)
+    monkeypatch.setattr(train, "load_reward_model", keep_reward_model)
+    run = train.main(**tiny | dict(reward_model_name=str(reward_model_folder), dtype="float32", checkpoint_interval=1))
+    before, after = weights(policy_folder), weights(run / "step_2")
+    for name in before:
+        assert not torch.equal(before[name], after[name]), name
+        torch.testing.assert_close(kept["reference"].state_dict()[name], before[name], rtol=0, atol=0)
+    for name, value in kept["reward_model"].model.state_dict().items():
+        assert torch.equal(value, kept["before"][name]), name
+    assert sorted(p.name for p in run.iterdir()) == ["config.json", "metrics.jsonl", "rollouts.jsonl", "step_1", "step_2"]
+
+    # The lines that users know.
+    out = capsys.readouterr().out
+    bounds = re.search(r"^RM bounds: min=(-?\d+\.\d{4}), max=(-?\d+\.\d{4})$", out, re.MULTILINE)
+    assert float(bounds[1]) < float(bounds[2])
+    for line in (
+        r"Loading TinyLlama model\.\.\.",
+        r"Loading reward model and math verifier\.\.\.",
+        r"found 16 matching prompts",
+        r"Running warmup to determine reward model bounds\.\.\.",
+        r"rollout q='.+', a='\d+', returns=-?\d+\.\d\d, replay_buffer_size=4",
+        r"rollout q='.+', a='\d+', returns=-?\d+\.\d\d, replay_buffer_size=8",
+        r"returns of step 0: -?\d+\.\d{4}",
+        r"0: kl=\d\.\d{4}, grad_norm=\d+\.\d{4}",
+        r"1: kl=\d\.\d{4}, grad_norm=\d+\.\d{4}",
+    ):
+        assert re.search(f"^{line}", out, re.MULTILINE), line
+
+    # Each part of each reward is on record and adds up.
+    rows = rollouts_of(run)
+    assert len(rows) == 16
+    low, high = float(bounds[1]), float(bounds[2])
+    for row in rows:
+        held = min(max(row["rm_score"], low), high)
+        r_hat = combine_hybrid_score(float(row["correct"]), held, low, high, 0.01, 0.5, 0.5)
+        assert row["r_hat"] == pytest.approx(r_hat, abs=1e-3)
+        assert row["reward"] == pytest.approx(row["weight"] * row["r_hat"], abs=1e-6)
+    sigma_bar = 0.0
+    for step, line in enumerate(metrics_of(run)):
+        groups = [[r for r in rows if r["step"] == step][i : i + 4] for i in (0, 4)]
+        for group in groups:
+            held = torch.tensor([min(max(r["rm_score"], low), high) for r in group])
+            assert group[0]["sigma_u"] == pytest.approx(held.std().item(), abs=1e-3)
+        seen = [r["sigma_u"] for r in rows if r["step"] <= step][::4]
+        sigma_bar = sum(seen) / len(seen)
+        assert line["reward/sigma_bar"] == pytest.approx(sigma_bar, abs=1e-6)
+        for row in groups[0] + groups[1]:
+            assert row["reward"] == pytest.approx(get_final_reward(row["r_hat"], sigma_bar, row["sigma_u"]), abs=1e-5)
+        for group in groups:
+            assert sum(r["advantage"] for r in group) == pytest.approx(0, abs=1e-5)
+
+
+def test_two_runs_of_one_seed_write_identical_metrics_and_rollouts(tiny):
+    runs = [train.main(**tiny | dict(run_name=name, eval_data=tiny["data"])) for name in ("a", "b")]
+    assert without_times(metrics_of(runs[0])) == without_times(metrics_of(runs[1]))
+    assert rollouts_of(runs[0]) == rollouts_of(runs[1])
+    other = train.main(**tiny | dict(run_name="c", seed=7))
+    assert rollouts_of(other) != rollouts_of(runs[0])
+
+
+def test_evaluation_does_not_disturb_the_trajectory(tiny):
+    plain = train.main(**tiny)
+    with_eval = train.main(**tiny | dict(run_name="eval", eval_data=tiny["data"], eval_interval=1))
+    assert rollouts_of(plain) == rollouts_of(with_eval)
+    rows = metrics_of(with_eval)
+    assert [row["step"] for row in rows] == [0, 1, 2]  # before each step, and after the last
+    assert all(0 <= row["eval/accuracy"] <= 1 for row in rows)
+    assert without_times(metrics_of(plain)) == without_times(rows, ("time/", "eval/"))[:2]
+
+
+def test_a_checkpoint_is_a_folder_that_transformers_loads_and_that_train_takes(tiny):
+    run = train.main(**tiny)
+    folder = run / "step_2"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is 5 + 3?"}], tokenize=False, add_generation_prompt=True
+    )
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+    assert model.generate(**ids, max_new_tokens=5).shape[1] > ids.input_ids.shape[1]
+    train.main(**tiny | dict(model_name=str(folder), run_name="again", max_steps=1))
+
+
+def test_config_json_says_what_ran(tiny):
+    run = train.main(**tiny)
+    config = json.loads((run / "config.json").read_text())
+    for name, value in tiny.items():
+        if name != "device":
+            assert config["hyperparameters"][name] == value
+    assert set(inspect.signature(train.main).parameters) < set(config["hyperparameters"])
+    assert config["versions"]["torch"].startswith("2.13.0")
+
+
+def test_epochs_go_over_the_reshuffled_problems_until_they_or_max_steps_end(tiny):
+    run = train.main(
+        **tiny | dict(max_steps=None, epochs=2, rollouts_per_step=8, group_size=2, train_batch_size=16, max_new_tokens=2)
+    )
+    rows = rollouts_of(run)
+    steps = [[r["question"] for r in rows if r["step"] == s][::2] for s in range(4)]
+    assert len(metrics_of(run)) == 4
+    assert len(set(steps[0] + steps[1])) == len(set(steps[2] + steps[3])) == 16
+    assert steps[0] + steps[1] != steps[2] + steps[3]
+
+
+def test_every_other_setting_works(tiny, reward_model_folder):
+    """Each choice and switch that the other runs leave at its default."""
+    run = train.main(
+        **tiny
+        | dict(
+            reward_model_name=str(reward_model_folder), dtype="bfloat16", weight_decay=0.1, micro_batch_size=3, epochs_per_step=2,
+            kl_weight=0.0, clip_eps=0.1, max_norm=0.5, advantage_scale="group", loss_normalizer="constant", top_p=0.9,
+            temperature=1.3, system_prompt="Be brief.", reward_scorer="tanh", verifier_method="strict",
+            alpha=0.3, beta=0.2, eps=0.1, w_min=0.1, w_max=3.0, k=2.0, warmup_samples=3, lr=1e-4,
+        )
+    )  # fmt: skip
+    for row in rollouts_of(run):
+        assert row["reward"] == pytest.approx(get_our_final_reward(row["r_hat"], 0, 0, w_min=0.1, w_max=3.0), abs=1e-5)
+    assert metrics_of(run)[0]["policy/updates"] == 4
+    assert metrics_of(run)[0]["policy/kl"] == 0
+    train.main(**tiny | dict(run_name="other", advantage_scale="none", loss_normalizer="sequence", max_steps=1))
+
+
+def test_weights_and_biases_offline_needs_no_account(tiny, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run = train.main(**tiny | dict(wandb_project="test", max_steps=1))
+    assert list(run.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_weights_and_biases_without_an_account_is_refused_before_anything_loads(tiny, monkeypatch, tmp_path):
+    import wandb
+
+    monkeypatch.setattr(wandb.setup().settings, "mode", "online")
+    monkeypatch.setattr(type(wandb.api), "api_key", None)
+    with pytest.raises(InputError, match="WANDB_MODE=offline"):
+        train.main(**tiny | dict(wandb_project="test", model_name="would/fail"))
+
+
+def test_a_reward_model_that_cannot_be_loaded_gives_one_warning_and_a_verifier_only_run(tiny, tmp_path, capsys):
+    run = train.main(**tiny | dict(reward_model_name=str(tmp_path / "nothing"), max_steps=1))
+    out = capsys.readouterr().out
+    assert out.count("warning: ") == 1
+    assert "no such folder" in out and "the verifier alone decides" in out
+    assert {row["rm_score"] for row in rollouts_of(run)} == {0.0}
+    assert {row["r_hat"] for row in rollouts_of(run)} <= {-0.5, 0.5}
+
+
+def test_overlapping_bands_earn_a_warning(tiny, capsys):
+    train.main(**tiny | dict(alpha=0.8, beta=0.5, max_steps=1))
+    assert "bands overlap" in capsys.readouterr().out
+
+
+# -------------------------------------------------------------------------------------------------------- bad input
+
+BAD = [
+    (dict(group_size=1), "--group-size 1: must be at least 2"),
+    (dict(group_size=-8), "--group-size -8"),
+    (dict(rollouts_per_step=0), "--rollouts-per-step 0: must be at least 1"),
+    (dict(train_batch_size=0), "--train-batch-size 0"),
+    (dict(train_batch_size=3), "--train-batch-size 3: must divide .* = 8 completions; for example 1"),
+    (dict(train_batch_size=6), "for example 2"),
+    (dict(micro_batch_size=-1), "--micro-batch-size -1"),
+    (dict(max_length=0), "--max-length 0"),
+    (dict(max_new_tokens=0), "--max-new-tokens 0: .*leave it out"),
+    (dict(max_steps=0), "--max-steps 0"),
+    (dict(epochs=0), "--epochs 0"),
+    (dict(epochs_per_step=0), "--epochs-per-step 0"),
+    (dict(checkpoint_interval=0), "--checkpoint-interval 0"),
+    (dict(eval_interval=-1), "--eval-interval -1"),
+    (dict(warmup_samples=0), "--warmup-samples 0"),
+    (dict(seed=-1), "--seed -1"),
+    (dict(temperature=0.0), "--temperature 0.0: must be a finite number above 0; for greedy"),
+    (dict(temperature=math.inf), "--temperature inf"),
+    (dict(lr=0.0), "--lr 0.0"),
+    (dict(lr=math.nan), "--lr nan"),
+    (dict(eps=0.0), "--eps 0.0"),
+    (dict(max_norm=-1.0), "--max-norm -1.0"),
+    (dict(kl_weight=-0.1), "--kl-weight -0.1"),
+    (dict(alpha=-0.1), "--alpha -0.1"),
+    (dict(top_p=0.0), "--top-p 0.0"),
+    (dict(top_p=1.1), "--top-p 1.1"),
+    (dict(clip_eps=1.0), "--clip-eps 1.0"),
+    (dict(w_min=3.0), "--w-min 3.0: must not be above --w-max 2.0"),
+    (dict(data="nowhere.jsonl"), "--data nowhere.jsonl: cannot be read"),
+    (dict(eval_data="nowhere.jsonl"), "--eval-data nowhere.jsonl: cannot be read"),
+    (dict(rollouts_per_step=17, train_batch_size=4), "16 problems, but --rollouts-per-step is 17"),
+    (dict(max_length=30), "line 1: the prompt has 39 tokens, which leaves no room within --max-length 30"),
+    (dict(model_name="./nowhere"), "--model-name ./nowhere: no such folder.*--model-name embedded"),
+    (dict(device="cuda"), "--device cuda: PyTorch finds none"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD, ids=[" ".join(f"{k}={v}" for k, v in change.items()) for change, _ in BAD])
+def test_bad_input_is_refused_with_value_rule_and_way_out(tiny, change, message):
+    if change.get("device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(InputError, match=message):
+        train.main(**tiny | change)
+    assert not Path(tiny["output"]).exists()  # refused before a folder is made
+
+
+def test_an_output_folder_that_cannot_be_written_is_refused(tiny, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(InputError, match=r"--output .*file: .*cannot be written.*--output"):
+        train.main(**tiny | dict(output=str(tmp_path / "file")))
+
+
+def test_a_run_is_never_overwritten(tiny):
+    train.main(**tiny | dict(max_steps=1))
+    with pytest.raises(InputError, match="already holds a run"):
+        train.main(**tiny)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "no problems in it"),
+        ("\n\n", "no problems in it"),
+        ('{"question": "a", "answer": "1"}\nnot json\n', "line 2: not JSON"),
+        ('{"question": "a", "answer": "1"}\n\n{"question": "b"}\n', "line 3: no 'answer'"),
+        ('{"answer": "1"}\n', "line 1: no 'question'"),
+        ('{"question": " ", "answer": "1"}\n', "line 1: no 'question'"),
+        ('{"question": "a", "answer": null}\n', "line 1: no 'answer'"),
+        ('{"question": "a", "answer": "thinking ####"}\n', "line 1: nothing follows the ####"),
+        ('["question", "answer"]\n', "line 1: no 'question'"),
+    ],
+)
+def test_bad_data_is_refused_with_file_and_line(tmp_path, content, message):
+    path = tmp_path / "data.jsonl"
+    path.write_text(content)
+    with pytest.raises(InputError, match=message) as refused:
+        train.read_prompts(str(path), "--data")
+    assert str(path) in str(refused.value)
+
+
+def test_answers_may_be_numbers_or_gsm8k_solutions(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"question": "a", "answer": 8}\n{"question": "b", "answer": "3 + 4 = 7\\n#### 7", "more": 1}\n')
+    assert [(p.question, p.answer) for p in train.read_prompts(str(path), "--data")] == [("a", "8"), ("b", "7")]
+
+
+def test_hub_data_sets_load_through_datasets(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"question": "a", "answer": "#### 8"}\n')
+    (tmp_path / "test.jsonl").write_text('{"question": "b", "answer": "#### 9"}\n')
+    assert [p.answer for p in train.read_prompts(f"hf:{tmp_path}", "--data")] == ["8"]
+    assert [p.answer for p in train.read_prompts(f"hf:{tmp_path}:default:test", "--data")] == ["9"]
+    for bad in ("hf:", "hf:a:b:c:d"):
+        with pytest.raises(InputError, match=r"hf:NAME\[:CONFIG\[:SPLIT\]\]"):
+            train.read_prompts(bad, "--data")
+    with pytest.raises(InputError, match="could not be loaded"):
+        train.read_prompts(f"hf:{tmp_path}/nothing", "--data")
+
+
+def test_hub_data_sets_with_several_configurations_take_main(monkeypatch):
+    import datasets
+
+    calls = []
+
+    def load_dataset(name, config, split):
+        calls.append((name, config, split))
+        if config is None:
+            raise ValueError("Config name is missing. Please pick one among ['main', 'socratic']")
+        return [{"question": "a", "answer": "#### 8"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert train.read_prompts("hf:openai/gsm8k", "--data")[0].answer == "8"
+    assert calls == [("openai/gsm8k", None, "train"), ("openai/gsm8k", "main", "train")]
+
+
+# ------------------------------------------------------------------------------------------------ the data and the docs
+
+
+def test_the_arithmetic_files_are_what_their_script_writes(tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.syspath_prepend(str(ROOT / "data"))
+    import make_arithmetic
+
+    monkeypatch.setattr(make_arithmetic, "HERE", tmp_path)
+    make_arithmetic.main()
+    for path in tmp_path.iterdir():
+        assert path.read_bytes() == (ROOT / "data" / path.name).read_bytes(), path.name
+    assert len(list(tmp_path.iterdir())) == 4
+    sys.modules.pop("make_arithmetic")
+
+
+@pytest.mark.parametrize("name", ["arithmetic", "arithmetic_hard"])
+def test_held_out_expressions_are_not_trained_on_in_any_wording_and_answers_are_right(name):
+    def expressions(part):
+        problems = train.read_prompts(str(ROOT / f"data/{name}_{part}.jsonl"), "--data")
+        found = [re.search(r"\d[\d +*-]*\d|\d", p.question)[0] for p in problems]
+        for expression, problem in zip(found, problems, strict=True):
+            assert re.fullmatch(r"\d+( [-+*] \d+)+", expression)
+            assert eval(expression) == int(problem.answer)  # our own file, matched to digits and operators above
+        return problems, set(found)
+
+    (train_problems, trained), (test_problems, held_out) = expressions("train"), expressions("test")
+    assert (len(train_problems), len(test_problems)) == (2000, 200)
+    assert not trained & held_out
+    assert len({p.question for p in train_problems + test_problems}) == 2200
+
+
+def test_every_hyperparameter_is_documented_and_every_metric_is_in_the_readme(tiny):
+    docs = train.main.__doc__
+    for name in inspect.signature(train.main).parameters:
+        assert re.search(rf"^ +{name}: ", docs, re.MULTILINE), name
+    readme = (ROOT / "README.md").read_text()
+    run = train.main(**tiny | dict(max_steps=1, eval_data=tiny["data"]))
+    for name in {key for row in metrics_of(run) for key in row} - {"step"}:
+        assert f"`{name}`" in readme, name
+    for name in inspect.signature(train.main).parameters:
+        assert f"`{name}`" in readme, name
