@@ -69,6 +69,7 @@ def main(
     epochs: int = 10,
     max_steps: int | None = None,
     lr: float = 5e-6,
+    lr_schedule: Literal["constant", "linear"] = "constant",
     weight_decay: float = 0.0,
     train_batch_size: int = 8,
     micro_batch_size: int = 8,
@@ -116,7 +117,8 @@ def main(
         data: Problems to train on: a JSONL file of {"question", "answer"}, or hf:NAME[:CONFIG[:SPLIT]] for a data set.
         epochs: Passes over the problems, reshuffled each time.
         max_steps: Stop after this many steps, however many epochs they are.
-        lr: Learning rate of AdamW, constant.
+        lr: Learning rate of AdamW.
+        lr_schedule: constant, or linear: from lr in the first step down to 0 after the last.
         weight_decay: Decoupled weight decay of AdamW.
         train_batch_size: Completions per optimizer step; divides rollouts_per_step x group_size.
         micro_batch_size: Completions per forward and backward pass; changes memory and speed, not the result.
@@ -275,6 +277,9 @@ def main(
 
         # Update: clipped policy-gradient steps over minibatches of train_batch_size completions.
         phase_started = time.perf_counter()
+        step_lr = lr if lr_schedule == "constant" else lr * (1 - step / total_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = step_lr
         metrics |= update(
             policy, reference, master, optimizer, samples, advantages.to(run_device), group_size, order_generator,
             train_batch_size=train_batch_size, micro_batch_size=micro_batch_size, epochs_per_step=epochs_per_step,
@@ -285,7 +290,7 @@ def main(
 
         # Report and save
         metrics |= reward_metrics(scores, advantages, group_size, reward_model) | completion_metrics(samples, scores)
-        metrics |= {"reward/sigma_bar": sigma_bar.mean, "optim/lr": lr}
+        metrics |= {"reward/sigma_bar": sigma_bar.mean, "optim/lr": step_lr}
         metrics |= {"time/rollout_s": rollout_s, "time/score_s": score_s, "time/update_s": update_s}
         metrics["time/step_s"] = time.perf_counter() - step_started
         run.metrics(step, metrics)

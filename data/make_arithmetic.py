@@ -2,7 +2,7 @@
 
 arithmetic_{train,test}.jsonl: sums of two numbers up to 24, where the embedded model begins at about one right answer in
 five. arithmetic_hard_{train,test}.jsonl: two-digit sums and products and three terms, where it begins near none. No
-expression of a test file is in its train file in any wording.
+expression of a test file is in its train file in any wording, nor a sum in the other order.
 """
 
 import json
@@ -14,9 +14,15 @@ WORDINGS = ("What is {}?", "Calculate {}.", "{} =", "How much is {}?")
 TRAIN, TEST = 2000, 200
 
 
-def easy_expressions() -> list[tuple[str, int]]:
-    """Every a + b of numbers up to 24."""
-    return [(f"{a} + {b}", a + b) for a in range(25) for b in range(25)]
+def easy_expressions(rng: random.Random) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+    """Every a + b of numbers up to 24, as (train, test); a + b and b + a are on the same side."""
+    pairs = [(a, b) for a in range(25) for b in range(a, 25)]
+    rng.shuffle(pairs)
+    train, test = [], []
+    for a, b in pairs:
+        side = test if len(test) * len(WORDINGS) < TEST else train
+        side += [(f"{x} + {y}", a + b) for x, y in dict.fromkeys([(a, b), (b, a)])]
+    return train, test
 
 
 def hard_expressions(rng: random.Random) -> list[tuple[str, int]]:
@@ -43,11 +49,8 @@ def write(name: str, problems: list[tuple[str, int]]) -> None:
 
 def main() -> None:
     rng = random.Random(0)
-    expressions = easy_expressions()
-    rng.shuffle(expressions)
-    cut = -(-TEST // len(WORDINGS))  # expressions held out
-    for name, part, size in (("test", expressions[:cut], TEST), ("train", expressions[cut:], TRAIN)):
-        worded = [(wording.format(expression), answer) for expression, answer in part for wording in WORDINGS]
+    for name, expressions, size in zip(("train", "test"), easy_expressions(rng), (TRAIN, TEST), strict=True):
+        worded = [(wording.format(expression), answer) for expression, answer in expressions for wording in WORDINGS]
         rng.shuffle(worded)
         write(f"arithmetic_{name}.jsonl", worded[:size])
     hard = [(rng.choice(WORDINGS).format(expression), answer) for expression, answer in hard_expressions(rng)]

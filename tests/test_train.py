@@ -348,6 +348,8 @@ def test_held_out_expressions_are_not_trained_on_in_any_wording_and_answers_are_
     (train_problems, trained), (test_problems, held_out) = expressions("train"), expressions("test")
     assert (len(train_problems), len(test_problems)) == (2000, 200)
     assert not trained & held_out
+    if name == "arithmetic":  # nor in the other order
+        assert not trained & {" + ".join(reversed(e.split(" + "))) for e in held_out}
     assert len({p.question for p in train_problems + test_problems}) == 2200
 
 
