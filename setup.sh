@@ -49,7 +49,7 @@ install_all() {
             "Free some, or put this folder on another disk."
     fi
     echo "setup.sh: installing into .venv with $("$python" --version) (minutes, once)..." >&2
-    if ! fits "$venv/bin/python"; then
+    if ! fits "$venv/bin/python" || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
         "$python" -m venv --clear "$venv" ||
             fail "the virtual environment could not be made. On Debian and Ubuntu: apt-get install python3-venv"
     fi

@@ -9,6 +9,7 @@ Exit status 1 when something that training needs is missing. Never asks a questi
 
 import argparse
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -49,7 +50,7 @@ def check_import(name: str, version: str) -> str:
         module = importlib.import_module(name)
     except Exception as error:  # an installation can be broken in any way
         raise Failed(f"import {name}: {type(error).__name__}: {error}", SETUP) from None
-    found = getattr(module, "__version__", version)
+    found = getattr(module, "__version__", None) or importlib.metadata.version(name)
     if found.split("+")[0] != version:
         raise Failed(f"{name} {found}, but requirements.txt has {version}", SETUP)
     return f"{name} {found}"
@@ -66,7 +67,10 @@ def check_data(name: str, count: int) -> str:
 
     problems = read_prompts(str(HERE / "data" / name), "data")
     if len(problems) != count:
-        raise Failed(f"data/{name} has {len(problems)} problems, not {count}", f"git checkout data/{name}")
+        raise Failed(
+            f"data/{name} has {len(problems)} problems, not {count}",
+            "python data/make_arithmetic.py writes the arithmetic files anew; git has the others",
+        )
     return f"data/{name}: {count} problems"
 
 
@@ -92,19 +96,24 @@ def check_hybrid_reward() -> str:
     return "hybrid reward: known values"
 
 
+def run_device():
+    """The device that train.py takes."""
+    from accelerate import Accelerator
+
+    return Accelerator().device
+
+
 def check_device() -> str:
     import torch
 
     from src.models import pick_dtype
 
-    if torch.cuda.is_available():
-        device = torch.device("cuda")
+    device = run_device()
+    if device.type == "cuda":
         free, total = torch.cuda.mem_get_info()
         what = f"cuda: {torch.cuda.get_device_name()}, {free / 1e9:.0f} of {total / 1e9:.0f} GB free"
-    elif torch.backends.mps.is_available():
-        device, what = torch.device("mps"), "mps"
     else:
-        device, what = torch.device("cpu"), f"cpu: {torch.get_num_threads()} threads"
+        what = f"{device.type}: {torch.get_num_threads()} threads"
     dtype = pick_dtype(device, "auto")
     product = torch.ones(1, 8, device=device, dtype=dtype) @ torch.ones(8, 1, device=device, dtype=dtype)
     if product.item() != 8:
@@ -136,16 +145,14 @@ def check_embedded_package() -> str:
 
 
 def check_policy(model_name: str) -> str:
-    import torch
-
     from src import models
     from src.sampler import sample
     from train import Problem, decode, encode_prompts
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = run_device()
     policy, tokenizer = models.load_policy(model_name, device)
     models.MasterWeights(policy, models.pick_dtype(device, "auto"))
-    prompt = encode_prompts(tokenizer, [Problem("What is 5 + 3?", "8", "")], None, 512, None)
+    prompt = encode_prompts(tokenizer, [Problem("What is 5 + 3?", "8", "")], None, 512)
     stop_ids = models.stop_token_ids(policy, tokenizer)
     samples = sample(
         policy, prompt, 1, max_length=512, max_new_tokens=48, temperature=0.0, top_p=1.0,
@@ -155,16 +162,15 @@ def check_policy(model_name: str) -> str:
 
 
 def check_reward_model(requested: str, policy_name: str) -> str:
-    import torch
-
     from src.models import pick_dtype
     from src.reward_model import AceRewardModel, choose_reward_model
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name, why = choose_reward_model(requested, policy_name, 1_100_000_000, device)
+    device = run_device()
+    dtype = pick_dtype(device, "auto")
+    name, why = choose_reward_model(requested, policy_name, 0, device, dtype)  # scoring alone, no training
     if name is None:
         raise Skipped(f"reward model ({why})")
-    reward_model = AceRewardModel(name, device, pick_dtype(device, "auto"))
+    reward_model = AceRewardModel(name, device, dtype)
     right, wrong = reward_model.compute_batch_reward("What is 5 + 3?", ["5 + 3 = \\boxed{8}", "5 + 3 = \\boxed{9}"]).tolist()
     return f"reward model {name}: {right:.2f} for a right answer, {wrong:.2f} for a wrong one"
 

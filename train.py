@@ -19,6 +19,7 @@ and take clipped policy-gradient steps on all sampled tokens. Where this departs
 5. The optimizer steps float32 weights; the model computes with them rounded to bfloat16 where the hardware has it.
 """
 
+import inspect
 import json
 import math
 import sys
@@ -32,6 +33,7 @@ import transformers
 import tyro
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from src import models
@@ -47,13 +49,11 @@ from src.hybrid_reward import (
     get_our_final_reward,
     tanh_weight,
 )
-from src.logprobs import completion_log_probs
+from src.logprobs import completion_log_probs, micro_batches
 from src.math_verifier import MathVerifier, ground_truth_of
-from src.report import RunLog, choose_folder
-from src.reward_model import AceRewardModel, choose_reward_model
+from src.report import RunLog, Scores, choose_folder, completion_metrics, reward_metrics, rollout_rows
+from src.reward_model import ACEMATH_SYSTEM_PROMPT, AceRewardModel, choose_reward_model
 from src.sampler import Samples, sample
-
-PASS_COST = 64  # what one more forward and backward pass costs, in tokens of a pass
 
 # Shapes: Q questions a step, G completions a question, B = Q x G completions, T tokens of the longest sequence.
 
@@ -116,7 +116,7 @@ def main(
         dtype: What the models compute in; auto takes bfloat16 where the hardware has it. Trained weights are float32.
         data: Problems to train on: a JSONL file of {"question", "answer"}, or hf:NAME[:CONFIG[:SPLIT]] for a data set.
         epochs: Passes over the problems, reshuffled each time.
-        max_steps: Stop after this many steps, however many epochs they are.
+        max_steps: Stop after this many steps, if the epochs have not ended before.
         lr: Learning rate of AdamW.
         lr_schedule: constant, or linear: from lr in the first step down to 0 after the last.
         weight_decay: Decoupled weight decay of AdamW.
@@ -179,6 +179,10 @@ def main(
         raise InputError(f"{accelerator.num_processes} processes: training runs in one; start it with python train.py")
     set_seed(seed)
     run_device = accelerator.device
+    if device not in ("auto", run_device.type):
+        raise InputError(
+            f"--device {device}: accelerate already works on {run_device.type} in this Python process; start a new one"
+        )
     order_generator = torch.Generator().manual_seed(seed)
     sample_generator = torch.Generator(run_device).manual_seed(seed)
 
@@ -187,31 +191,34 @@ def main(
     print(f"Loading TinyLlama model...{in_its_place}", flush=True)
     transformers.utils.logging.disable_progress_bar()  # of reading weights; downloads keep theirs
     policy, tokenizer = models.load_policy(model_name, run_device)
+    positions = getattr(policy.config, "max_position_embeddings", max_length)
+    if max_length > positions:
+        raise InputError(f"--max-length {max_length}: must be at most the {positions} positions of {model_name}")
     compute_dtype = models.pick_dtype(run_device, dtype)
     compute = f"computes in {str(compute_dtype).removeprefix('torch.')} on {run_device.type}"
     print(f"policy: {policy.num_parameters() / 1e6:.1f} million weights, trained in float32, {compute}", flush=True)
     master = models.MasterWeights(policy, compute_dtype)
     reference = models.frozen_copy(policy) if kl_weight > 0 else None
     optimizer = torch.optim.AdamW(master.parameters, lr=lr, weight_decay=weight_decay, fused=True)
-    prompt_ids = encode_prompts(tokenizer, problems, system_prompt, max_length, data)
-    eval_prompt_ids = encode_prompts(tokenizer, eval_problems, system_prompt, max_length, eval_data)
+    prompt_ids = encode_prompts(tokenizer, problems, system_prompt, max_length)
+    eval_prompt_ids = encode_prompts(tokenizer, eval_problems, system_prompt, max_length)
+
+    stop_ids = models.stop_token_ids(policy, tokenizer)
+    sampling = dict(max_length=max_length, max_new_tokens=max_new_tokens, stop_ids=stop_ids, pad_id=stop_ids[0])
+    explore = dict(temperature=temperature, top_p=top_p)
 
     print("Loading reward model and math verifier...", flush=True)
     verifier = MathVerifier(verifier_method)
+    verifier.prepare([p.answer for p in problems + eval_problems])
     reward_model = load_reward_model(reward_model_name, model_name, policy, run_device, compute_dtype)
 
-    run = RunLog(folder, {**hyperparameters, "device": str(run_device), "compute_dtype": str(compute_dtype)})
+    run = RunLog(folder, run_name is None, {**hyperparameters, "device": str(run_device), "compute_dtype": str(compute_dtype)})
     if wandb_project:
         accelerator.init_trackers(wandb_project, hyperparameters, {"wandb": {"name": run.folder.name, "dir": str(run.folder)}})
+    defaults = {name: p.default for name, p in inspect.signature(main).parameters.items()}
+    changed = ", ".join(f"{name}={value}" for name, value in hyperparameters.items() if value != defaults[name])
+    print(f"settings other than the defaults: {changed or 'none'}; all in {run.folder / 'config.json'}", flush=True)
     print(f"found {len(problems)} matching prompts", flush=True)
-
-    sampling = dict(
-        max_length=max_length,
-        max_new_tokens=max_new_tokens,
-        stop_ids=models.stop_token_ids(policy, tokenizer),
-        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-    )
-    explore = dict(temperature=temperature, top_p=top_p)
 
     # Warmup
     print("Running warmup to determine reward model bounds...", flush=True)
@@ -220,14 +227,19 @@ def main(
         warmup_generator = torch.Generator(run_device).manual_seed(seed + 1)
         picked = [i % len(problems) for i in range(warmup_samples)]
         warmup = sample(policy, [prompt_ids[i] for i in picked], 1, generator=warmup_generator, **explore, **sampling)
-        scores = reward_model.compute_batch_reward([problems[i].question for i in picked], decode(tokenizer, warmup))
-        min_rm, max_rm = scores.min().item(), scores.max().item()
+        scores = reward_model.score_texts([problems[i].question for i in picked], decode(tokenizer, warmup))
+        scores = scores[scores.isfinite()]  # a score that failed is no bound
+        if len(scores):
+            min_rm, max_rm = scores.min().item(), scores.max().item()
     print(f"RM bounds: min={min_rm:.4f}, max={max_rm:.4f}", flush=True)
 
     # Training
     sigma_bar = RunningMean()
     steps_per_epoch = len(problems) // rollouts_per_step
     total_steps = min(epochs * steps_per_epoch, max_steps or math.inf)
+    print(f"training for {total_steps} steps of {rollouts_per_step} x {group_size} completions", flush=True)
+    if max_steps and total_steps < max_steps:
+        print(f"that is less than --max-steps {max_steps}: --epochs {epochs} x {steps_per_epoch} steps come first", flush=True)
     order: list[int] = []
     accuracies: list[float] = []
     started = time.perf_counter()
@@ -289,7 +301,9 @@ def main(
         update_s = time.perf_counter() - phase_started
 
         # Report and save
-        metrics |= reward_metrics(scores, advantages, group_size, reward_model) | completion_metrics(samples, scores)
+        metrics |= reward_metrics(
+            scores, advantages, group_size, reward_model.failed if reward_model else 0
+        ) | completion_metrics(samples, scores)
         metrics |= {"reward/sigma_bar": sigma_bar.mean, "optim/lr": step_lr}
         metrics |= {"time/rollout_s": rollout_s, "time/score_s": score_s, "time/update_s": update_s}
         metrics["time/step_s"] = time.perf_counter() - step_started
@@ -304,7 +318,8 @@ def main(
             flush=True,
         )
         if (step + 1) % checkpoint_interval == 0 or step + 1 == total_steps:
-            print(f"saved {save_checkpoint(run.folder, step + 1, policy, tokenizer)}", flush=True)
+            checkpoint = save_checkpoint(run.folder, step + 1, policy, tokenizer)
+            print(f"saved {checkpoint}", flush=True)
 
     accelerator.end_training()
     minutes = (time.perf_counter() - started) / 60
@@ -342,6 +357,10 @@ def check_hyperparameters(**h) -> None:
     for name in ("weight_decay", "kl_weight", "alpha", "beta", "w_min", "w_max", "k"):
         if not 0 <= h[name] < math.inf:
             refuse(name, "must be a finite number, 0 or more")
+    if h["seed"] >= 2**32:
+        refuse("seed", "must be below 2**32")
+    if h["eval_interval"] and not h["eval_data"]:
+        refuse("eval_interval", "needs --eval-data, the problems to evaluate on")
     if not 0 < h["top_p"] <= 1:
         refuse("top_p", "must be above 0 and at most 1 (1 = sample from all tokens)")
     if not 0 < h["clip_eps"] < 1:
@@ -394,7 +413,7 @@ def read_prompts(data: str, flag: str) -> list[Problem]:
         records = [(f"{data}, row {i}", row) for i, row in enumerate(load_hub_data(data, flag), start=1)]
     else:
         try:
-            lines = Path(data).read_text(encoding="utf-8").splitlines()
+            lines = Path(data).read_text(encoding="utf-8-sig").split("\n")  # not splitlines: JSON strings may hold U+2028
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or error
             raise InputError(
@@ -405,7 +424,7 @@ def read_prompts(data: str, flag: str) -> list[Problem]:
             if line.strip():
                 try:
                     records.append((f"{data}, line {number}", json.loads(line)))
-                except json.JSONDecodeError as error:
+                except ValueError as error:  # not JSON, or a number of more digits than Python reads
                     raise InputError(
                         f"{data}, line {number}: not JSON ({error}); each line must be one {{'question', 'answer'}} object"
                     ) from None
@@ -448,7 +467,7 @@ def load_hub_data(data: str, flag: str) -> list[dict]:
 
 
 def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, problems: list[Problem], system_prompt: str | None, max_length: int, data: str | None
+    tokenizer: PreTrainedTokenizerBase, problems: list[Problem], system_prompt: str | None, max_length: int
 ) -> list[list[int]]:
     """Token ids of each question in the policy's chat template, ready for its answer.
 
@@ -459,7 +478,10 @@ def encode_prompts(
     encoded = []
     for problem in problems:
         messages = [*head, {"role": "user", "content": problem.question}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise InputError(f"the model's chat template refuses the conversation ({error}); leave --system-prompt out") from None
         ids = tokenizer.encode(text, add_special_tokens=False)  # the template has written the special tokens
         if len(ids) >= max_length:
             raise InputError(
@@ -474,12 +496,14 @@ def load_reward_model(
     requested: str, policy_name: str, policy: PreTrainedModel, device: torch.device, dtype: torch.dtype
 ) -> AceRewardModel | None:
     """The reward model, or None for a run on the verifier alone; one line says which and why."""
-    name, why = choose_reward_model(requested, policy_name, policy.num_parameters(), device)
+    name, why = choose_reward_model(requested, policy_name, policy.num_parameters(), device, dtype)
     if name is None:
         print(f"reward model: none, the verifier alone decides ({why})", flush=True)
         return None
     try:
-        reward_model = AceRewardModel(name, device, dtype)
+        # AceMath's system message is part of AceMath; others were trained without it.
+        system_prompt = ACEMATH_SYSTEM_PROMPT if "acemath" in name.lower() else None
+        reward_model = AceRewardModel(name, device, dtype, system_prompt)
     except (InputError, torch.OutOfMemoryError) as error:
         print(f"warning: no reward model, the verifier alone decides: {error}", flush=True)
         return None
@@ -494,20 +518,6 @@ def load_reward_model(
 def decode(tokenizer: PreTrainedTokenizerBase, samples: Samples) -> list[str]:
     """Text of each completion, without special tokens."""
     return tokenizer.batch_decode(samples.completion_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-@dataclass
-class Scores:
-    """Every part of the rewards of B completions; tensors are (B,) float32 on the CPU."""
-
-    verdicts: list[dict]  # from the verifier
-    rule_rewards: torch.Tensor  # 1 = right, 0 = anything else
-    rm_scores: torch.Tensor  # raw
-    rm_clamped: torch.Tensor  # bool, the score was outside the warmup's bounds
-    sigma_u: torch.Tensor  # std of the group's scores
-    r_hat: torch.Tensor
-    weights: torch.Tensor
-    rewards: torch.Tensor  # weights * r_hat
 
 
 def score(
@@ -593,14 +603,14 @@ def update(
         for batch in order.split(train_batch_size):
             weights = torch.zeros_like(samples.log_probs)  # (B, T-1)
             weights[batch] = token_weights(samples.action_mask[batch], loss_normalizer, max_completion_length)
+            totals["tokens"] += samples.action_mask[batch].sum().item()
             if kl_weight == 0:
                 batch = batch[(advantages[batch] != 0).cpu()]
             if len(batch) == 0:
                 continue
-            for rows in micro_batches(samples, batch, micro_batch_size):
-                n = width(samples, rows)
+            for rows, n in micro_batches(samples.attention_mask, batch, micro_batch_size):
                 mask, old = samples.action_mask[rows, :n], samples.log_probs[rows, :n]  # (b, t-1)
-                log_probs = row_log_probs(policy, samples, rows, temperature)  # (b, t-1)
+                log_probs = row_log_probs(policy, samples, rows, n, temperature)  # (b, t-1)
                 losses, clipped = policy_loss(log_probs, old, advantages[rows], mask, clip_eps)
                 if ref_log_probs is not None:
                     kl = torch.where(mask, kl_estimate(log_probs, ref_log_probs[rows, :n]), 0.0)
@@ -611,7 +621,6 @@ def update(
                 master.accumulate_gradients()
                 totals["loss"] += loss.item()
                 totals["clipped"] += clipped.sum().item()
-                totals["tokens"] += mask.sum().item()
                 if not grad_norms:  # before the first optimizer step: sampler and trainer have the same weights
                     totals["gap"] += torch.where(mask, log_probs.detach() - old, 0.0).abs().sum().item()
                     totals["gap_tokens"] += mask.sum().item()
@@ -635,7 +644,7 @@ def update(
         "policy/skipped_updates": float(len(grad_norms) - len(finite)),
         "policy/moved_frac": moved,
         "policy/sampler_gap": totals["gap"] / max(totals["gap_tokens"], 1.0),
-        # -log p of a sampled token is an unbiased estimate of the entropy of its distribution.
+        # At top_p 1, -log p of a sampled token is an unbiased estimate of the entropy of its distribution.
         "policy/entropy": -samples.log_probs.sum().item() / samples.action_mask.sum().item(),
     }
 
@@ -644,37 +653,13 @@ def update(
 def reference_log_probs(reference: PreTrainedModel, samples: Samples, micro_batch_size: int, temperature: float) -> torch.Tensor:
     """Log-probs (B, T-1) of the samples under the frozen reference."""
     log_probs = torch.zeros_like(samples.log_probs)
-    for rows in micro_batches(samples, torch.arange(len(log_probs)), micro_batch_size):
-        log_probs[rows, : width(samples, rows)] = row_log_probs(reference, samples, rows, temperature)
+    for rows, n in micro_batches(samples.attention_mask, torch.arange(len(log_probs)), micro_batch_size):
+        log_probs[rows, :n] = row_log_probs(reference, samples, rows, n, temperature)
     return log_probs
 
 
-def micro_batches(samples: Samples, rows: torch.Tensor, size: int) -> list[torch.Tensor]:
-    """Split `rows` (n,) into index tensors of at most `size` completions, so that padding and passes together cost least.
-
-    Rows are sorted by length; the best cuts are found by dynamic programming. A pass costs its rows x its longest row, in
-    tokens, and PASS_COST more: one long completion among seven short ones goes alone.
-    """
-    lengths = samples.attention_mask.sum(dim=1).cpu()[rows]
-    rows, lengths = rows[lengths.argsort(stable=True)], lengths.sort().values.tolist()
-    best: list[tuple[float, int]] = [(0.0, 0)]  # cost of the first i rows, and where their last pass begins
-    for i in range(1, len(rows) + 1):
-        best.append(min((best[j][0] + (i - j) * lengths[i - 1] + PASS_COST, j) for j in range(max(0, i - size), i)))
-    cuts, end = [], len(rows)
-    while end:
-        cuts.append(rows[best[end][1] : end])
-        end = best[end][1]
-    return cuts[::-1]
-
-
-def width(samples: Samples, rows: torch.Tensor) -> int:
-    """Columns of (B, T-1) tensors that these rows reach into."""
-    return int(samples.attention_mask[rows].sum(dim=1).max()) - 1
-
-
-def row_log_probs(model: PreTrainedModel, samples: Samples, rows: torch.Tensor, temperature: float) -> torch.Tensor:
-    """`completion_log_probs` of some rows (b,), cut to their longest: (b, width)."""
-    n = width(samples, rows)
+def row_log_probs(model: PreTrainedModel, samples: Samples, rows: torch.Tensor, n: int, temperature: float) -> torch.Tensor:
+    """`completion_log_probs` (b, n) of some rows (b,), cut to the n predictions that their longest needs."""
     ids, attention = samples.sequence_ids[rows, : n + 1], samples.attention_mask[rows, : n + 1]
     return completion_log_probs(model, ids, attention, samples.action_mask[rows, :n], temperature)
 
@@ -726,79 +711,6 @@ def print_rollouts(questions: list[str], answers: list[str], scores: Scores, gro
             f"replay_buffer_size={start + group_size}, right={right}/{group_size}"
         )
     print(f"returns of step {step}: {scores.rewards.sum():.4f}", flush=True)
-
-
-def reward_metrics(
-    scores: Scores, advantages: torch.Tensor, group_size: int, reward_model: AceRewardModel | None
-) -> dict[str, float]:
-    """The reward/... metrics; the README has a line on each."""
-    groups = scores.rewards.view(-1, group_size)  # (Q, G)
-    rules = scores.rule_rewards.view(-1, group_size)
-    no_advantage = (advantages.view(-1, group_size) == 0).all(dim=1)  # (Q,)
-    return {
-        "reward/mean": groups.mean().item(),
-        "reward/std": groups.std().item(),
-        "reward/rule_mean": rules.mean().item(),
-        "reward/rm_mean": scores.rm_scores.mean().item(),
-        "reward/rm_std": scores.rm_scores.std().item(),
-        "reward/rm_clamped_frac": scores.rm_clamped.float().mean().item(),
-        "reward/rm_failed": float(reward_model.failed) if reward_model else 0.0,
-        "reward/r_hat_mean": scores.r_hat.mean().item(),
-        "reward/weight_mean": scores.weights.mean().item(),
-        "reward/sigma_u_mean": scores.sigma_u.mean().item(),
-        "reward/zero_std_frac": no_advantage.float().mean().item(),
-        "reward/all_right_frac": rules.all(dim=1).float().mean().item(),
-        "reward/all_wrong_frac": (rules == 0).all(dim=1).float().mean().item(),
-        "reward/parsed_frac": sum(v["parsed_answer"] is not None for v in scores.verdicts) / len(scores.verdicts),
-    }
-
-
-def completion_metrics(samples: Samples, scores: Scores) -> dict[str, float]:
-    """The completion/... metrics; lengths in tokens, stop token included."""
-    lengths = torch.tensor([float(len(ids)) for ids in samples.completion_ids])
-    finished = samples.finished.cpu()
-    return {
-        "completion/len_mean": lengths.mean().item(),
-        "completion/len_max": lengths.max().item(),
-        "completion/truncated_frac": 1 - finished.float().mean().item(),
-        "completion/finished_rule_mean": scores.rule_rewards[finished].mean().item() if finished.any() else 0.0,
-    }
-
-
-def rollout_rows(
-    step: int,
-    questions: list[str],
-    answers: list[str],
-    completions: list[str],
-    samples: Samples,
-    scores: Scores,
-    advantages: torch.Tensor,
-) -> list[dict]:
-    """One record per completion for rollouts.jsonl: the text and each part of its reward."""
-    finished = samples.finished.tolist()
-    parts = {
-        name: getattr(scores, name).tolist() for name in ("rm_scores", "rm_clamped", "sigma_u", "r_hat", "weights", "rewards")
-    }
-    return [
-        {
-            "step": step,
-            "question": questions[i],
-            "answer": answers[i],
-            "completion": completions[i],
-            "tokens": len(samples.completion_ids[i]),
-            "finished": finished[i],
-            "correct": scores.verdicts[i]["correct"],
-            "parsed_answer": scores.verdicts[i]["parsed_answer"],
-            "rm_score": parts["rm_scores"][i],
-            "rm_clamped": parts["rm_clamped"][i],
-            "sigma_u": parts["sigma_u"][i],
-            "r_hat": parts["r_hat"][i],
-            "weight": parts["weights"][i],
-            "reward": parts["rewards"][i],
-            "advantage": advantages[i].item(),
-        }
-        for i in range(len(completions))
-    ]
 
 
 def cli() -> None:

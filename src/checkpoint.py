@@ -20,6 +20,5 @@ def save_checkpoint(run_folder: Path, step: int, model: PreTrainedModel, tokeniz
     shutil.rmtree(aside, ignore_errors=True)
     model.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
-    shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
     return folder

@@ -54,7 +54,8 @@ def get_final_reward(
     Args:
         r_hat: From `combine_hybrid_score`; scalar or (B,).
         sigma_bar: Running mean of all sigma_u so far.
-        sigma_u: Standard deviation of the reward-model scores of the question's group; scalar or (B,).
+        sigma_u: Standard deviation of the reward-model scores of the question's group; scalar or (B,). train.py takes the
+            scores held within the bounds, the only ones that r_hat knows.
         w_min, w_max, k: Range and slope of the weight.
 
     Returns:

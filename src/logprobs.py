@@ -8,6 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+PASS_COST = 64  # what one more forward and backward pass costs, in tokens of a pass
 CHUNK_TOKENS = 256  # at a vocabulary of 49,152, 50 MB of float32 logits
 
 
@@ -47,3 +48,30 @@ def completion_log_probs(
     ]
     log_probs = torch.zeros(action_mask.shape, dtype=torch.float32, device=hidden.device)
     return log_probs.masked_scatter(action_mask, torch.cat(chunks)) if chunks else log_probs
+
+
+def micro_batches(attention_mask: torch.Tensor, rows: torch.Tensor, size: int) -> list[tuple[torch.Tensor, int]]:
+    """Split rows into passes of at most `size` completions, so that padding and passes together cost least.
+
+    Rows are sorted by length; the best cuts are found by dynamic programming. A pass costs its rows x its longest row, in
+    tokens, and PASS_COST more: one long completion among seven short ones goes alone.
+
+    Args:
+        attention_mask: (B, T), true for real tokens.
+        rows: (n,) int64 on the CPU, the rows to split.
+        size: Rows of a pass at most.
+
+    Returns:
+        The rows of each pass, and how many predictions (columns of a (B, T-1) tensor) its longest row has.
+    """
+    lengths = attention_mask.sum(dim=1).cpu()[rows]
+    rows, lengths = rows[lengths.argsort(stable=True)], lengths.sort().values.tolist()
+    best: list[tuple[float, int]] = [(0.0, 0)]  # cost of the first i rows, and where their last pass begins
+    for i in range(1, len(rows) + 1):
+        best.append(min((best[j][0] + (i - j) * lengths[i - 1] + PASS_COST, j) for j in range(max(0, i - size), i)))
+    passes, end = [], len(rows)
+    while end:
+        start = best[end][1]
+        passes.append((rows[start:end], lengths[end - 1] - 1))
+        end = start
+    return passes[::-1]

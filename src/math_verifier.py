@@ -80,8 +80,8 @@ def extract_answer(text: str, method: str) -> tuple[str | None, bool]:
 def parse_number(answer: str) -> Fraction | None:
     r"""The exact value of an answer that is a number with nothing but a unit or marks around it, else None.
 
-    >>> parse_number("$1,000.50"), parse_number(r"\frac{3}{4}"), parse_number("8 apples"), parse_number("7 or 8")
-    (Fraction(2001, 2), Fraction(3, 4), Fraction(8, 1), None)
+    >>> parse_number("$1,000.50"), parse_number(r"\frac{3}{4}"), parse_number("3 1/2"), parse_number("7 or 8")
+    (Fraction(2001, 2), Fraction(3, 4), Fraction(7, 2), None)
     """
     if len(answer) > MAX_ANSWER_CHARS:
         return None
@@ -91,11 +91,15 @@ def parse_number(answer: str) -> Fraction | None:
     answer = answer.replace("\\$", "").replace("\\!", "").replace("\\,", "").strip("$*`_ \n\t=")
     answer = _UNIT_AFTER.sub("", answer.rstrip(".,;:! ")).rstrip("$* ")
     answer = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", answer).replace("$", "")
-    match = re.fullmatch(r"([+-]?\d*\.?\d+|[+-]?\d+\.)(?:/([+-]?\d*\.?\d+))?", answer.replace(" ", ""))
+    answer = re.sub(r"\s*/\s*", "/", re.sub(r"^([+-])\s+", r"\1", answer.strip()))
+    match = re.fullmatch(r"([+-]?)(?:(\d+)\s+(?=\d+/))?(\d+\.?\d*|\.\d+)(?:/(\d+\.?\d*|\.\d+))?", answer)
     if match is None:
         return None
-    denominator = Fraction(match[2] or 1)
-    return Fraction(match[1].rstrip(".") or 0) / denominator if denominator else None
+    sign, whole, numerator, denominator = match.groups()
+    if denominator is not None and Fraction(denominator.rstrip(".")) == 0:
+        return None
+    value = Fraction(whole or 0) + Fraction(numerator.rstrip(".")) / Fraction((denominator or "1").rstrip("."))
+    return -value if sign == "-" else value
 
 
 def same_answer(answer: str, truth: str) -> bool:
@@ -131,6 +135,15 @@ class MathVerifier:
         self.method = method
         self.correct_reward = correct_reward
         self.format_reward = format_reward
+
+    def prepare(self, ground_truths: list[str]) -> None:
+        """Import what judging answers to these needs, so that a broken installation shows before training.
+
+        Raises:
+            ImportError: verl is missing, and an answer is not a number.
+        """
+        if any(parse_number(truth) is None for truth in ground_truths):
+            import verl.utils.reward_score.math_reward  # noqa: F401
 
     def verify(self, prompt: str, response: str, ground_truth: str) -> dict:
         """Judge one completion.

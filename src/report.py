@@ -1,17 +1,22 @@
-"""What a run leaves on disk: config.json, metrics.jsonl, rollouts.jsonl."""
+"""What a run leaves on disk: config.json, metrics.jsonl, rollouts.jsonl, and how their lines are made."""
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import subprocess
 from collections.abc import Iterable
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from src.errors import InputError
+import torch
 
-VERSIONS_OF = ("torch", "transformers", "accelerate", "verl", "wandb", "peft", "datasets")
+from src.errors import InputError
+from src.sampler import Samples
+
+VERSIONS_OF = ("torch", "transformers", "accelerate", "verl", "wandb", "datasets")
 
 
 class RunLog:
@@ -19,31 +24,34 @@ class RunLog:
 
     Args:
         folder: From `choose_folder`; made here.
+        may_rename: Take another name where a run has taken this one meanwhile.
         config: The resolved hyperparameters, for config.json.
 
     Raises:
         InputError: The folder cannot be written.
     """
 
-    def __init__(self, folder: Path, config: dict):
-        self.folder = folder
+    def __init__(self, folder: Path, may_rename: bool, config: dict):
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            while not _claim(folder):
+                if not may_rename:
+                    raise InputError(f"--run-name {folder.name}: another run has just taken {folder}; give another name")
+                folder = folder.with_name(folder.name + "b")
         except OSError as error:
             raise InputError(f"{folder} cannot be made ({error.strerror}); give a folder of yours with --output") from None
-        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+        self.folder = folder
         about = {
             "hyperparameters": config,
             "versions": {"python": platform.python_version(), **{name: _version(name) for name in VERSIONS_OF}},
-            "git_commit": git.stdout.strip() or None,
+            "git_commit": _git_commit(),
             "machine": platform.platform(),
             "started": datetime.now().isoformat(timespec="seconds"),
         }
         (self.folder / "config.json").write_text(json.dumps(about, indent=2) + "\n")
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
-        """Append one step's metrics, names as in the README's table."""
-        self._append("metrics.jsonl", [{"step": step, **values}])
+        """Append one step's metrics, names as in the README's table; null for what is not finite, for which JSON has no word."""
+        self._append("metrics.jsonl", [{"step": step, **{k: v if math.isfinite(v) else None for k, v in values.items()}}])
 
     def rollouts(self, rows: Iterable[dict]) -> None:
         """Append completions with each part of their reward."""
@@ -52,6 +60,23 @@ class RunLog:
     def _append(self, name: str, rows: Iterable[dict]) -> None:
         with (self.folder / name).open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _claim(folder: Path) -> bool:
+    """Make the folder of a run; False where another run has it."""
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        return folder.is_dir() and not any(folder.iterdir())  # an empty one is as good as new
+    return True
+
+
+def _git_commit() -> str | None:
+    try:
+        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    except OSError:  # no git here
+        return None
+    return git.stdout.strip() or None
 
 
 def _version(package: str) -> str | None:
@@ -84,3 +109,88 @@ def choose_folder(output: str, run_name: str | None) -> Path:
             f"--run-name {name}: {folder} already holds a run, which is not overwritten; give another name or move the folder"
         )
     return folder
+
+
+@dataclass
+class Scores:
+    """Every part of the rewards of B completions; tensors are (B,) float32 on the CPU."""
+
+    verdicts: list[dict]  # from the verifier
+    rule_rewards: torch.Tensor  # 1 = right, 0 = anything else
+    rm_scores: torch.Tensor  # raw
+    rm_clamped: torch.Tensor  # bool, the score was outside the warmup's bounds
+    sigma_u: torch.Tensor  # std of the group's scores
+    r_hat: torch.Tensor
+    weights: torch.Tensor
+    rewards: torch.Tensor  # weights * r_hat
+
+
+def reward_metrics(scores: Scores, advantages: torch.Tensor, group_size: int, rm_failed: int) -> dict[str, float]:
+    """The reward/... metrics; the README has a line on each."""
+    groups = scores.rewards.view(-1, group_size)  # (Q, G)
+    rules = scores.rule_rewards.view(-1, group_size)
+    no_advantage = (advantages.view(-1, group_size) == 0).all(dim=1)  # (Q,)
+    return {
+        "reward/mean": groups.mean().item(),
+        "reward/std": groups.std().item(),
+        "reward/rule_mean": rules.mean().item(),
+        "reward/rm_mean": scores.rm_scores.mean().item(),
+        "reward/rm_std": scores.rm_scores.std().item(),
+        "reward/rm_clamped_frac": scores.rm_clamped.float().mean().item(),
+        "reward/rm_failed": float(rm_failed),
+        "reward/r_hat_mean": scores.r_hat.mean().item(),
+        "reward/weight_mean": scores.weights.mean().item(),
+        "reward/sigma_u_mean": scores.sigma_u.mean().item(),
+        "reward/zero_std_frac": no_advantage.float().mean().item(),
+        "reward/all_right_frac": rules.all(dim=1).float().mean().item(),
+        "reward/all_wrong_frac": (rules == 0).all(dim=1).float().mean().item(),
+        "reward/parsed_frac": sum(v["parsed_answer"] is not None for v in scores.verdicts) / len(scores.verdicts),
+    }
+
+
+def completion_metrics(samples: Samples, scores: Scores) -> dict[str, float]:
+    """The completion/... metrics; lengths in tokens, stop token included."""
+    lengths = torch.tensor([float(len(ids)) for ids in samples.completion_ids])
+    finished = samples.finished.cpu()
+    return {
+        "completion/len_mean": lengths.mean().item(),
+        "completion/len_max": lengths.max().item(),
+        "completion/truncated_frac": 1 - finished.float().mean().item(),
+        "completion/finished_rule_mean": scores.rule_rewards[finished].mean().item() if finished.any() else 0.0,
+    }
+
+
+def rollout_rows(
+    step: int,
+    questions: list[str],
+    answers: list[str],
+    completions: list[str],
+    samples: Samples,
+    scores: Scores,
+    advantages: torch.Tensor,
+) -> list[dict]:
+    """One record per completion for rollouts.jsonl: the text and each part of its reward."""
+    finished = samples.finished.tolist()
+    parts = {
+        name: getattr(scores, name).tolist() for name in ("rm_scores", "rm_clamped", "sigma_u", "r_hat", "weights", "rewards")
+    }
+    return [
+        {
+            "step": step,
+            "question": questions[i],
+            "answer": answers[i],
+            "completion": completions[i],
+            "tokens": len(samples.completion_ids[i]),
+            "finished": finished[i],
+            "correct": scores.verdicts[i]["correct"],
+            "parsed_answer": scores.verdicts[i]["parsed_answer"],
+            "rm_score": parts["rm_scores"][i],
+            "rm_clamped": parts["rm_clamped"][i],
+            "sigma_u": parts["sigma_u"][i],
+            "r_hat": parts["r_hat"][i],
+            "weight": parts["weights"][i],
+            "reward": parts["rewards"][i],
+            "advantage": advantages[i].item(),
+        }
+        for i in range(len(completions))
+    ]

@@ -1,7 +1,7 @@
 """The reward model: how good is this solution? AceMath-7B-RM, or any sequence classifier with one label."""
 
 import torch
-from safetensors import SafetensorError
+from jinja2 import TemplateError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from src.errors import InputError
@@ -10,7 +10,7 @@ from src.models import resolve
 # Part of AceMath-7B-RM: it was trained with this system prompt (model card, "How to use").
 ACEMATH_SYSTEM_PROMPT = "Please reason step by step, and check your final answer within \\boxed{}."
 ACEMATH = "nvidia/AceMath-7B-RM"
-ACEMATH_BYTES = 15e9  # 7.1 billion weights in bfloat16, and room for a batch
+ACEMATH_PARAMETERS = 7.07e9
 
 
 class AceRewardModel:
@@ -20,6 +20,8 @@ class AceRewardModel:
         model_name: Hub name or local folder of a sequence classifier with one label. The licence of the default is
             CC-BY-NC-4.0: not for commercial use.
         device, dtype: Where and in what it computes.
+        system_prompt: System message of each conversation; None sends none. The default is AceMath's own, part of how it
+            was trained.
         max_length: Tokens of the rendered conversation; a longer one loses the start of the response.
         batch_size: Conversations per forward pass.
 
@@ -32,6 +34,7 @@ class AceRewardModel:
         model_name: str = ACEMATH,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.bfloat16,
+        system_prompt: str | None = ACEMATH_SYSTEM_PROMPT,
         max_length: int = 4096,
         batch_size: int = 8,
     ):
@@ -42,7 +45,7 @@ class AceRewardModel:
             self.model, loading = AutoModelForSequenceClassification.from_pretrained(
                 path, dtype=dtype, num_labels=1, output_loading_info=True, ignore_mismatched_sizes=True
             )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        except Exception as error:  # a folder made elsewhere can be broken in any way
             raise InputError(f"--reward-model-name {model_name}: could not be loaded ({type(error).__name__}: {error})") from None
         random = list(loading["missing_keys"]) + [key[0] for key in loading["mismatched_keys"]]
         if random:
@@ -52,13 +55,18 @@ class AceRewardModel:
         if self.tokenizer.chat_template is None:
             raise InputError(f"--reward-model-name {model_name}: its tokenizer has no chat template")
         self.model.to(device).eval().requires_grad_(False)
+        self.system = [{"role": "system", "content": system_prompt}] if system_prompt else []
         self.max_length = max_length
         self.batch_size = batch_size
         self.failed = 0  # responses that could not be scored, so far
+        try:
+            self.encode("question", "response")
+        except TemplateError as error:
+            raise InputError(f"--reward-model-name {model_name}: its chat template refuses the conversation ({error})") from None
 
     def encode(self, prompt: str, response: str) -> list[int]:
         """Token ids of one conversation, exactly as on AceMath's model card: no generation prompt, no special tokens added."""
-        head = [{"role": "system", "content": ACEMATH_SYSTEM_PROMPT}, {"role": "user", "content": prompt}]
+        head = [*self.system, {"role": "user", "content": prompt}]
         text = self.tokenizer.apply_chat_template(
             [*head, {"role": "assistant", "content": response}], tokenize=False, add_generation_prompt=False
         )
@@ -85,6 +93,10 @@ class AceRewardModel:
             (B,) float32 on the CPU. A response that could not be scored (out of memory, a score that is not finite)
             scores 0.0 and is counted in `self.failed`; scoring never stops a run.
         """
+        return self.score_texts(prompt, responses).nan_to_num(0.0)
+
+    def score_texts(self, prompt: str | list[str], responses: list[str]) -> torch.Tensor:
+        """As `compute_batch_reward`, with nan for a response that could not be scored."""
         prompts = [prompt] * len(responses) if isinstance(prompt, str) else prompt
         pairs = list(zip(prompts, responses, strict=True))
         # Each text once: its score must not depend, by a rounding error, on the batch that it happens to be in.
@@ -98,9 +110,9 @@ class AceRewardModel:
                 scores[rows] = self._forward([encoded[i] for i in rows])
             except RuntimeError as error:  # out of memory above all
                 print(f"warning: the reward model failed on {len(rows)} texts, scored 0.0 ({error})", flush=True)
-        scores = scores[[distinct[pair] for pair in pairs]]  # (B,)
-        self.failed += int((~scores.isfinite()).sum())
-        return torch.where(scores.isfinite(), scores, 0.0)
+        scores = torch.where(scores.isfinite(), scores, torch.nan)[[distinct[pair] for pair in pairs]]  # (B,)
+        self.failed += int(scores.isnan().sum())
+        return scores
 
     @torch.no_grad()
     def _forward(self, encoded: list[list[int]]) -> torch.Tensor:
@@ -116,14 +128,16 @@ class AceRewardModel:
         return self.model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits[:, 0].float().cpu()
 
 
-def choose_reward_model(requested: str, policy_name: str, policy_parameters: int, device: torch.device) -> tuple[str | None, str]:
-    """Settle `--reward-model-name auto` and `none`.
+def choose_reward_model(
+    requested: str, policy_name: str, policy_parameters: int, device: torch.device, dtype: torch.dtype
+) -> tuple[str | None, str]:
+    """Settle `--reward-model-name auto` and `none`, once the policy is loaded.
 
     Args:
         requested: The flag's value.
         policy_name: The policy's name; "embedded" is trained without a reward model of 14 GB.
-        policy_parameters: Weights of the policy, for its share of the memory.
-        device: Where the run computes.
+        policy_parameters: Weights of the policy.
+        device, dtype: Where the run computes, and in what.
 
     Returns:
         The name to load, or None, and the reason in words.
@@ -136,9 +150,14 @@ def choose_reward_model(requested: str, policy_name: str, policy_parameters: int
         return None, "auto: none is embedded beside the embedded policy"
     if device.type != "cuda":
         return None, f"auto: {ACEMATH} needs a GPU, and this run is on {device.type}"
+    torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info(device)[0]
-    # 20 bytes a weight: compute copy 2, reference 2, master 4, gradient 4, Adam's moments 8; and 4 GB for activations.
-    needed = ACEMATH_BYTES + 20 * policy_parameters + 4e9
+    # What is still to come: the reward model; per weight of the policy 4 bytes of gradient, 8 of Adam's moments and 2 of
+    # the gradient in bfloat16; and 4 GB for activations and caches.
+    needed = ACEMATH_PARAMETERS * dtype.itemsize + 14 * policy_parameters + 4e9
     if free < needed:
-        return None, f"auto: {ACEMATH} beside the policy needs {needed / 1e9:.0f} GB, and the GPU has {free / 1e9:.0f} GB free"
-    return ACEMATH, f"auto: the GPU has {free / 1e9:.0f} GB free, {needed / 1e9:.0f} GB needed"
+        return (
+            None,
+            f"auto: {ACEMATH} and the training of the policy need {needed / 1e9:.0f} GB, and {free / 1e9:.0f} GB are free",
+        )
+    return ACEMATH, f"auto: {free / 1e9:.0f} GB are free on the GPU, {needed / 1e9:.0f} GB needed"

@@ -158,11 +158,8 @@ def test_setup_without_a_network_says_so_and_does_not_count_as_installed(clone):
 
 
 def test_setup_runs_its_command_inside_the_environment_with_arguments_and_status_kept():
-    done = subprocess.run(
-        ["bash", "setup.sh", "python", "-c", "import sys; print(sys.prefix, sys.argv[1:]); sys.exit(7)", "a b", "*"],
-        cwd=ROOT, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
     if not (ROOT / ".venv/.installed").exists():
         pytest.skip("these tests were not started through setup.sh")
+    done = setup_sh(ROOT, "python", "-c", "import sys; print(sys.prefix, sys.argv[1:]); sys.exit(7)", "a b", "*")
     assert done.returncode == 7
     assert done.stdout.strip() == f"{ROOT}/.venv ['a b', '*']"

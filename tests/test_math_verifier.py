@@ -44,6 +44,10 @@ RIGHT = [
     (r"\boxed{x^2+1}", "x^2 + 1"),
     (r"\boxed{\left(3, 4\right)}", "(3,4)"),
     ("#### 1,234,567", "1234567"),
+    ("<answer>3 1/2</answer>", "3.5"),
+    ("<answer>-3 1/2</answer>", "-7/2"),
+    ("<answer>1 / 2</answer>", "0.5"),
+    ("<answer>- 3</answer>", "-3"),
     ("8", "She has 3 + 5 = 8 apples.\n#### 8"),
 ]
 
@@ -63,6 +67,8 @@ WRONG = [
     ("#### 8 and then #### 9", "8"),
     ("1,000,8", "1000"),
     ("1/0", "0"),
+    ("<answer>7 8</answer>", "78"),
+    ("<answer>31/2</answer>", "3 1/2"),
     (r"\boxed{\frac{1}{0}}", "0"),
     ("9^9^9^9", "8"),
     ("__import__('os').system('true')", "0"),

@@ -1,5 +1,6 @@
 """Finding and loading models: the embedded one, and every way a name can be wrong."""
 
+import json
 import shutil
 import socket
 import time
@@ -88,6 +89,28 @@ def test_a_folder_with_damaged_weights_is_refused(policy_folder, tmp_path):
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(InputError, match="could not be loaded"):
         models.load_policy(str(folder), CPU)
+
+
+def test_a_model_without_an_output_head_is_refused(reward_model_folder):
+    with pytest.raises(InputError, match=r"not a causal language model.*lm_head"):
+        models.load_policy(str(reward_model_folder), CPU)
+
+
+def test_a_generation_config_that_transformers_would_not_save_is_mended(policy_folder, tmp_path):
+    """Found in the wild: a temperature without do_sample loads, and raises at the first checkpoint."""
+    folder = tmp_path / "model"
+    shutil.copytree(policy_folder, folder)
+    config = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(config | {"temperature": 0.5, "top_p": 0.9}))
+    policy, _ = models.load_policy(str(folder), CPU)
+    policy.save_pretrained(tmp_path / "saved")
+
+
+def test_a_hub_that_never_answers_is_given_up(monkeypatch):
+    monkeypatch.setattr(models, "HUB_DEADLINE_S", 0.2)
+    monkeypatch.setattr(models.HfApi, "model_info", lambda *a, **k: time.sleep(30))
+    with pytest.raises(InputError, match=r"cannot be reached \(TimeoutError"):
+        models.load_policy("some/model", CPU)
 
 
 def test_dtypes():

@@ -1,5 +1,7 @@
 """The reward model: the exact text it reads, and scores that depend on nothing but that text."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -88,15 +90,33 @@ def test_what_is_not_a_reward_model_is_refused(policy_folder, tmp_path):
 
 def test_auto_says_which_and_why():
     cpu = torch.device("cpu")
-    assert choose_reward_model("auto", "embedded", 10, cpu)[0] is None
-    name, why = choose_reward_model("auto", "TinyLlama/TinyLlama-1.1B-Chat-v1.0", 10, cpu)
+    dtype = torch.bfloat16
+    assert choose_reward_model("auto", "embedded", 10, cpu, dtype)[0] is None
+    name, why = choose_reward_model("auto", "TinyLlama/TinyLlama-1.1B-Chat-v1.0", 10, cpu, dtype)
     assert name is None and "needs a GPU" in why
-    assert choose_reward_model("none", "x", 10, cpu)[0] is None
-    assert choose_reward_model("some/model", "x", 10, cpu)[0] == "some/model"
+    assert choose_reward_model("none", "x", 10, cpu, dtype)[0] is None
+    assert choose_reward_model("some/model", "x", 10, cpu, dtype)[0] == "some/model"
 
 
-@pytest.mark.parametrize(("free_gb", "expected"), [(80, "nvidia/AceMath-7B-RM"), (24, None)])
-def test_auto_weighs_the_memory_of_the_gpu(monkeypatch, free_gb, expected):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_gb * 10**9, 80 * 10**9))
-    name, why = choose_reward_model("auto", "TinyLlama/TinyLlama-1.1B-Chat-v1.0", 1_100_000_000, torch.device("cuda"))
-    assert name == expected and f"{free_gb} GB free" in why
+@pytest.mark.parametrize(
+    ("card_gb", "dtype", "expected"),
+    [(48, torch.bfloat16, True), (40, torch.bfloat16, False), (48, torch.float32, False), (80, torch.float32, True)],
+)
+def test_auto_weighs_what_is_still_to_come_against_what_is_free(monkeypatch, card_gb, dtype, expected):
+    """TinyLlama in bfloat16 has 8 bytes a weight loaded (compute, reference, master); in float32 too (itself, reference)."""
+    free = card_gb * 10**9 - 8 * 1_100_000_000
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, card_gb * 10**9))
+    name, why = choose_reward_model("auto", "TinyLlama/TinyLlama-1.1B-Chat-v1.0", 1_100_000_000, torch.device("cuda"), dtype)
+    assert (name is not None) == expected and f"{free / 1e9:.0f} GB are free" in why
+
+
+def test_a_template_without_a_system_role_is_refused_or_used_without(reward_model_folder, tokenizer, tmp_path):
+    folder = tmp_path / "rm"
+    shutil.copytree(reward_model_folder, folder)
+    (folder / "chat_template.jinja").write_text(
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + tokenizer.chat_template
+    )
+    with pytest.raises(InputError, match="no system role"):
+        AceRewardModel(str(folder))
+    plain = AceRewardModel(str(folder), system_prompt=None)
+    assert plain.tokenizer.decode(plain.encode("q", "8")) == "<|user|>\nq</s>\n<|assistant|>\n8</s>\n"

@@ -14,6 +14,7 @@ import train
 from src import models
 from src.errors import InputError
 from src.hybrid_reward import combine_hybrid_score, get_final_reward, get_our_final_reward
+from src.report import RunLog, choose_folder
 from tests.conftest import ROOT
 
 
@@ -217,9 +218,12 @@ BAD = [
     (dict(epochs=0), "--epochs 0"),
     (dict(epochs_per_step=0), "--epochs-per-step 0"),
     (dict(checkpoint_interval=0), "--checkpoint-interval 0"),
-    (dict(eval_interval=-1), "--eval-interval -1"),
+    (dict(eval_interval=-1, eval_data="x"), "--eval-interval -1"),
     (dict(warmup_samples=0), "--warmup-samples 0"),
     (dict(seed=-1), "--seed -1"),
+    (dict(seed=2**32), "--seed 4294967296: must be below"),
+    (dict(eval_interval=5), "--eval-interval 5: needs --eval-data"),
+    (dict(max_length=513), "--max-length 513: must be at most the 512 positions"),
     (dict(temperature=0.0), "--temperature 0.0: must be a finite number above 0; for greedy"),
     (dict(temperature=math.inf), "--temperature inf"),
     (dict(lr=0.0), "--lr 0.0"),
@@ -256,6 +260,64 @@ def test_an_output_folder_that_cannot_be_written_is_refused(tiny, tmp_path):
         train.main(**tiny | dict(output=str(tmp_path / "file")))
 
 
+def test_two_runs_that_start_at_once_get_folders_of_their_own(tmp_path):
+    folder = choose_folder(str(tmp_path), "run")
+    assert choose_folder(str(tmp_path), "run") == folder
+    first = RunLog(folder, False, {})
+    with pytest.raises(InputError, match="another run has just taken"):
+        RunLog(folder, False, {})
+    assert first.folder == folder
+    assert RunLog(folder, True, {}).folder != folder
+
+
+def test_without_git_a_run_has_no_commit_but_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    run = RunLog(tmp_path / "run", False, {})
+    assert json.loads((run.folder / "config.json").read_text())["git_commit"] is None
+
+
+def test_metrics_stay_json_when_a_value_is_not_finite(tmp_path):
+    run = RunLog(tmp_path / "run", False, {})
+    run.metrics(0, {"a": math.nan, "b": math.inf, "c": 1.5})
+    assert (run.folder / "metrics.jsonl").read_text() == '{"step": 0, "a": null, "b": null, "c": 1.5}\n'
+
+
+def test_a_linear_schedule_falls_from_lr_to_zero(tiny):
+    run = train.main(**tiny | dict(lr=1e-4, lr_schedule="linear", max_steps=4))
+    assert [row["optim/lr"] for row in metrics_of(run)] == pytest.approx([1e-4, 0.75e-4, 0.5e-4, 0.25e-4])
+
+
+def test_fewer_steps_than_asked_for_are_said(tiny, capsys):
+    train.main(**tiny | dict(epochs=1, max_steps=100, rollouts_per_step=16, max_new_tokens=2))
+    assert "training for 1 steps" in (out := capsys.readouterr().out) and "less than --max-steps 100" in out
+
+
+def test_bounds_come_from_the_scores_that_worked(tiny, reward_model_folder, monkeypatch, capsys):
+    real = train.AceRewardModel.score_texts
+
+    def half_fails(self, prompts, responses):
+        scores = real(self, prompts, responses) - 50.0
+        scores[::2] = torch.nan
+        return scores
+
+    monkeypatch.setattr(train.AceRewardModel, "score_texts", half_fails)
+    train.main(**tiny | dict(reward_model_name=str(reward_model_folder), max_steps=1))
+    assert float(re.search(r"max=(-?[\d.]+)", capsys.readouterr().out)[1]) < -1
+
+
+def test_a_chat_template_that_refuses_a_system_message_is_plain_input_error(tiny, policy_folder, tokenizer, tmp_path):
+    import shutil
+
+    folder = tmp_path / "strict"
+    shutil.copytree(policy_folder, folder)
+    (folder / "chat_template.jinja").write_text(
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + tokenizer.chat_template
+    )
+    with pytest.raises(InputError, match=r"no system role.*leave --system-prompt out"):
+        train.main(**tiny | dict(model_name=str(folder), system_prompt="Be brief."))
+    train.main(**tiny | dict(model_name=str(folder), max_steps=1))
+
+
 def test_a_run_is_never_overwritten(tiny):
     train.main(**tiny | dict(max_steps=1))
     with pytest.raises(InputError, match="already holds a run"):
@@ -274,6 +336,7 @@ def test_a_run_is_never_overwritten(tiny):
         ('{"question": "a", "answer": null}\n', "line 1: no 'answer'"),
         ('{"question": "a", "answer": "thinking ####"}\n', "line 1: nothing follows the ####"),
         ('["question", "answer"]\n', "line 1: no 'question'"),
+        ('{"question": "a", "answer": ' + "9" * 5000 + "}\n", "line 1: not JSON"),
     ],
 )
 def test_bad_data_is_refused_with_file_and_line(tmp_path, content, message):
@@ -288,6 +351,12 @@ def test_answers_may_be_numbers_or_gsm8k_solutions(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text('{"question": "a", "answer": 8}\n{"question": "b", "answer": "3 + 4 = 7\\n#### 7", "more": 1}\n')
     assert [(p.question, p.answer) for p in train.read_prompts(str(path), "--data")] == [("a", "8"), ("b", "7")]
+
+
+def test_a_byte_order_mark_and_unicode_line_separators_inside_strings_are_fine(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes('\ufeff{"question": "a\u2028b\x85c", "answer": "1"}\r\n{"question": "d", "answer": "2"}\r\n'.encode())
+    assert [p.question for p in train.read_prompts(str(path), "--data")] == ["a\u2028b\x85c", "d"]
 
 
 def test_hub_data_sets_load_through_datasets(tmp_path):
@@ -358,6 +427,7 @@ def test_every_hyperparameter_is_documented_and_every_metric_is_in_the_readme(ti
     for name in inspect.signature(train.main).parameters:
         assert re.search(rf"^ +{name}: ", docs, re.MULTILINE), name
     readme = (ROOT / "README.md").read_text()
+    assert not re.search(r"\b[A-Z]{4,}_[A-Z_]+\b", readme.replace("WANDB_MODE", "").replace("PIP_EXTRA_INDEX_URL", ""))  # no gaps
     run = train.main(**tiny | dict(max_steps=1, eval_data=tiny["data"]))
     for name in {key for row in metrics_of(run) for key in row} - {"step"}:
         assert f"`{name}`" in readme, name

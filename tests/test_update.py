@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import train
+from src.logprobs import PASS_COST, micro_batches
 from src.models import MasterWeights, frozen_copy
 from src.sampler import Samples, sample
 from tests.conftest import make_policy
@@ -252,14 +253,13 @@ def test_updates_are_as_many_as_train_batch_size_and_epochs_say():
 def test_micro_batches_hold_each_row_once_and_cost_no_more_than_plain_ones(lengths, size):
     width = max(lengths)
     mask = torch.arange(width) < torch.tensor(lengths)[:, None]
-    samples = Samples(None, mask, None, None, None, None)
-    rows = torch.arange(len(lengths)).flip(0)
-    cuts = train.micro_batches(samples, rows, size)
+    passes = micro_batches(mask, torch.arange(len(lengths)).flip(0), size)
+    cuts = [rows for rows, _ in passes]
     assert sorted(torch.cat(cuts).tolist()) == list(range(len(lengths)))
-    assert all(1 <= len(c) <= size for c in cuts)
+    assert all(1 <= len(rows) <= size and n == max(lengths[i] for i in rows) - 1 for rows, n in passes)
 
     def cost(parts):
-        return sum(len(part) * max(lengths[i] for i in part) + train.PASS_COST for part in parts)
+        return sum(len(part) * max(lengths[i] for i in part) + PASS_COST for part in parts)
 
     ordered = sorted(range(len(lengths)), key=lengths.__getitem__)
     plain = [ordered[i : i + size] for i in range(0, len(ordered), size)]
