@@ -594,7 +594,9 @@ def update(
     Returns:
         The policy/... metrics, means over all tokens of the step.
     """
-    ref_log_probs = None if reference is None else reference_log_probs(reference, samples, micro_batch_size, temperature)
+    ref_log_probs = (
+        None if reference is None else reference_log_probs(reference, samples, group_size, micro_batch_size, temperature)
+    )
     totals = dict.fromkeys(("loss", "kl", "clipped", "tokens", "gap", "gap_tokens"), 0.0)
     grad_norms, moved = [], 0.0
     for _ in range(epochs_per_step):
@@ -608,9 +610,10 @@ def update(
                 batch = batch[(advantages[batch] != 0).cpu()]
             if len(batch) == 0:
                 continue
-            for rows, n in micro_batches(samples.attention_mask, batch, micro_batch_size):
+            for part in micro_batches(policy, samples.attention_mask, samples.action_mask, batch, group_size, micro_batch_size):
+                rows, n = part.rows, part.width
                 mask, old = samples.action_mask[rows, :n], samples.log_probs[rows, :n]  # (b, t-1)
-                log_probs = row_log_probs(policy, samples, rows, n, temperature)  # (b, t-1)
+                log_probs = completion_log_probs(policy, samples.sequence_ids, samples.action_mask, part, temperature)  # (b, t-1)
                 losses, clipped = policy_loss(log_probs, old, advantages[rows], mask, clip_eps)
                 if ref_log_probs is not None:
                     kl = torch.where(mask, kl_estimate(log_probs, ref_log_probs[rows, :n]), 0.0)
@@ -650,18 +653,16 @@ def update(
 
 
 @torch.no_grad()
-def reference_log_probs(reference: PreTrainedModel, samples: Samples, micro_batch_size: int, temperature: float) -> torch.Tensor:
+def reference_log_probs(
+    reference: PreTrainedModel, samples: Samples, group_size: int, micro_batch_size: int, temperature: float
+) -> torch.Tensor:
     """Log-probs (B, T-1) of the samples under the frozen reference."""
     log_probs = torch.zeros_like(samples.log_probs)
-    for rows, n in micro_batches(samples.attention_mask, torch.arange(len(log_probs)), micro_batch_size):
-        log_probs[rows, :n] = row_log_probs(reference, samples, rows, n, temperature)
+    every = torch.arange(len(log_probs))
+    for part in micro_batches(reference, samples.attention_mask, samples.action_mask, every, group_size, micro_batch_size):
+        of_part = completion_log_probs(reference, samples.sequence_ids, samples.action_mask, part, temperature)
+        log_probs[part.rows, : part.width] = of_part
     return log_probs
-
-
-def row_log_probs(model: PreTrainedModel, samples: Samples, rows: torch.Tensor, n: int, temperature: float) -> torch.Tensor:
-    """`completion_log_probs` (b, n) of some rows (b,), cut to the n predictions that their longest needs."""
-    ids, attention = samples.sequence_ids[rows, : n + 1], samples.attention_mask[rows, : n + 1]
-    return completion_log_probs(model, ids, attention, samples.action_mask[rows, :n], temperature)
 
 
 def share_moved(before: list[tuple[torch.Tensor, torch.Tensor]], after: list[tuple[torch.Tensor, torch.Tensor]]) -> float:

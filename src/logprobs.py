@@ -1,41 +1,113 @@
-"""Log-probabilities of given completions under a model: one function for the current policy and for the reference.
+"""Log-probabilities of given completions under a model: one path for the current policy and for the reference.
 
-Logits exist for completion tokens only, `CHUNK_TOKENS` of them at a time, and are computed again in the backward pass: a
-batch's full logits would be larger than the embedded model itself.
+A question's completions lie behind one copy of their prompt in one packed row: positions restart at each, and a mask keeps
+them apart, so that the prompt is computed once and nothing is padding. Logits exist for completion tokens only,
+`CHUNK_TOKENS` of them at a time, and are computed again in the backward pass: a batch's full logits would be larger than
+the embedded model itself.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 PASS_COST = 64  # what one more forward and backward pass costs, in tokens of a pass
+PACKED_TOKENS = 768  # a packed row grows to this: attention looks at its square
 CHUNK_TOKENS = 256  # at a vocabulary of 49,152, 50 MB of float32 logits
 
 
-def completion_log_probs(
+@dataclass
+class MicroBatch:
+    """Completions that go through the model in one pass."""
+
+    rows: torch.Tensor  # (b,) int64 on the CPU, their rows in the batch of B
+    packed: list[list[int]]  # the same rows, those of each packed row together
+    width: int  # columns of (B, T-1) tensors that they reach into
+
+
+def can_pack(model: PreTrainedModel) -> bool:
+    """Whether every layer of a model attends to all tokens before; a sliding window would not see the packed mask."""
+    layers = getattr(model.config, "layer_types", None) or []
+    window = getattr(model.config, "sliding_window", None)
+    return all(kind == "full_attention" for kind in layers) if layers else window is None
+
+
+def micro_batches(
     model: PreTrainedModel,
-    sequence_ids: torch.Tensor,
     attention_mask: torch.Tensor,
     action_mask: torch.Tensor,
-    temperature: float,
+    rows: torch.Tensor,
+    group_size: int,
+    size: int,
+) -> list[MicroBatch]:
+    """Split completions into passes of at most `size`, so that padding and passes together cost least.
+
+    The completions of a question share packed rows of at most PACKED_TOKENS. Packed rows are sorted by length, and the
+    best cuts between passes are found by dynamic programming: a pass costs its rows x its longest row, in tokens, and
+    PASS_COST more.
+
+    Args:
+        model: Decides by `can_pack` whether rows are packed or hold one completion each.
+        attention_mask: (B, T), true for real tokens.
+        action_mask: (B, T-1) bool, true where token t + 1 was sampled.
+        rows: (n,) int64 on the CPU, the completions to split; group_size of them, side by side in the batch, share a prompt.
+        size: Completions of a pass at most.
+    """
+    lengths = attention_mask.sum(dim=1).tolist()
+    completion_lengths = action_mask.sum(dim=1).tolist()
+    share = can_pack(model)
+    packed: list[tuple[int, list[int]]] = []  # tokens and rows of each packed row
+    for row in sorted(rows.tolist(), key=lambda r: (r // group_size, lengths[r], r)):
+        tokens, members = packed[-1] if packed else (0, [])
+        fits = tokens + completion_lengths[row] <= PACKED_TOKENS and len(members) < size
+        if share and members and members[0] // group_size == row // group_size and fits:
+            packed[-1] = (tokens + completion_lengths[row], [*members, row])
+        else:
+            packed.append((lengths[row], [row]))
+    packed.sort()
+
+    best: list[tuple[float, int]] = [(0.0, 0)]  # cost of the first i packed rows, and where their last pass begins
+    for i in range(1, len(packed) + 1):
+        options, members = [], 0
+        for j in range(i - 1, -1, -1):
+            members += len(packed[j][1])
+            if members > size:
+                break
+            options.append((best[j][0] + (i - j) * packed[i - 1][0] + PASS_COST, j))
+        best.append(min(options))
+    passes, end = [], len(packed)
+    while end:
+        start = best[end][1]
+        groups = [members for _, members in packed[start:end]]
+        flat = [row for members in groups for row in members]
+        passes.append(MicroBatch(torch.tensor(flat), groups, max(lengths[r] for r in flat) - 1))
+        end = start
+    return passes[::-1]
+
+
+def completion_log_probs(
+    model: PreTrainedModel, sequence_ids: torch.Tensor, action_mask: torch.Tensor, batch: MicroBatch, temperature: float
 ) -> torch.Tensor:
-    """Log-probability of every sampled token of B sequences, under the tempered distribution that they were sampled from.
+    """Log-probability of every sampled token of some completions, under the tempered distribution they were sampled from.
 
     Args:
         model: A causal language model; see `models.check_head` for what its output head may do.
         sequence_ids: (B, T) int64, prompt + completion, padded on the right.
-        attention_mask: (B, T), true for real tokens.
         action_mask: (B, T-1) bool, true where token t + 1 was sampled by the policy.
+        batch: The b completions, from `micro_batches`.
         temperature: Above 0; the logits are divided by it before the softmax.
 
     Returns:
-        (B, T-1) float32, nats, 0 outside the mask; differentiable in the model's weights where they require grad.
+        (b, width) float32, nats, in the order of `batch.rows`, 0 outside the mask; differentiable in the model's weights
+        where they require grad.
     """
-    assert sequence_ids.shape == attention_mask.shape and action_mask.shape == sequence_ids[:, 1:].shape
-    # The last position predicts a token beyond T: dropped, hence T-1. Padding on the right needs no position ids.
-    hidden = model.base_model(sequence_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state[:, :-1]
-    hidden = hidden[action_mask]  # (N, D), N sampled tokens
-    targets = sequence_ids[:, 1:][action_mask]  # (N,)
+    assert action_mask.shape == sequence_ids[:, 1:].shape
+    mask = action_mask[batch.rows, : batch.width]  # (b, width)
+    inputs, predictors = _pack(sequence_ids, action_mask, batch.packed, model.dtype)
+    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state  # (R, S, D)
+    hidden = hidden.flatten(0, 1)[predictors]  # (N, D), N sampled tokens, row after row
+    targets = sequence_ids[batch.rows, 1 : batch.width + 1][mask]  # (N,)
     head = model.get_output_embeddings()
 
     def chunk_log_probs(hidden_chunk: torch.Tensor, target_chunk: torch.Tensor) -> torch.Tensor:
@@ -46,32 +118,48 @@ def completion_log_probs(
         checkpoint(chunk_log_probs, h, t, use_reentrant=False)
         for h, t in zip(hidden.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True)
     ]
-    log_probs = torch.zeros(action_mask.shape, dtype=torch.float32, device=hidden.device)
-    return log_probs.masked_scatter(action_mask, torch.cat(chunks)) if chunks else log_probs
+    log_probs = torch.zeros(mask.shape, dtype=torch.float32, device=hidden.device)
+    return log_probs.masked_scatter(mask, torch.cat(chunks)) if chunks else log_probs
 
 
-def micro_batches(attention_mask: torch.Tensor, rows: torch.Tensor, size: int) -> list[tuple[torch.Tensor, int]]:
-    """Split rows into passes of at most `size` completions, so that padding and passes together cost least.
-
-    Rows are sorted by length; the best cuts are found by dynamic programming. A pass costs its rows x its longest row, in
-    tokens, and PASS_COST more: one long completion among seven short ones goes alone.
-
-    Args:
-        attention_mask: (B, T), true for real tokens.
-        rows: (n,) int64 on the CPU, the rows to split.
-        size: Rows of a pass at most.
+def _pack(
+    sequence_ids: torch.Tensor, action_mask: torch.Tensor, packed: list[list[int]], dtype: torch.dtype
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Lay R packed rows out for a forward pass.
 
     Returns:
-        The rows of each pass, and how many predictions (columns of a (B, T-1) tensor) its longest row has.
+        The model's inputs, (R, S) each, the attention mask (R, S) where every row holds one completion and otherwise
+        (R, 1, S, S); and, for each sampled token (N,), where in the flattened (R x S) the token before it stands.
     """
-    lengths = attention_mask.sum(dim=1).cpu()[rows]
-    rows, lengths = rows[lengths.argsort(stable=True)], lengths.sort().values.tolist()
-    best: list[tuple[float, int]] = [(0.0, 0)]  # cost of the first i rows, and where their last pass begins
-    for i in range(1, len(rows) + 1):
-        best.append(min((best[j][0] + (i - j) * lengths[i - 1] + PASS_COST, j) for j in range(max(0, i - size), i)))
-    passes, end = [], len(rows)
-    while end:
-        start = best[end][1]
-        passes.append((rows[start:end], lengths[end - 1] - 1))
-        end = start
-    return passes[::-1]
+    device = sequence_ids.device
+    ids_of, mask_of = sequence_ids.tolist(), action_mask.tolist()
+    ids, positions, segments, predictors = [], [], [], []  # of each packed row; a segment is 0 in the prompt, then 1, 2, ...
+    for members in packed:
+        start = mask_of[members[0]].index(True) + 1  # tokens of the prompt
+        row_ids, row_positions, row_segments, row_predictors = ids_of[members[0]][:start], list(range(start)), [0] * start, []
+        for segment, member in enumerate(members, start=1):
+            count = sum(mask_of[member])
+            # The first token is predicted from the prompt's last, the others each from the one before it; the last
+            # predicts nothing, and stays out.
+            row_predictors += [start - 1, *range(len(row_ids), len(row_ids) + count - 1)]
+            row_ids += ids_of[member][start : start + count - 1]
+            row_positions += range(start, start + count - 1)
+            row_segments += [segment] * (count - 1)
+        ids.append(row_ids)
+        positions.append(row_positions)
+        segments.append(row_segments)
+        predictors.append(row_predictors)
+    longest = max(map(len, ids))
+    pad = lambda rows, fill: torch.tensor([r + [fill] * (longest - len(r)) for r in rows], device=device)  # noqa: E731
+    flat = [row * longest + p for row, row_predictors in enumerate(predictors) for p in row_predictors]
+    inputs = {"input_ids": pad(ids, 0), "position_ids": pad(positions, 0)}
+    segment = pad(segments, -1)  # (R, S)
+    if all(len(members) == 1 for members in packed):
+        inputs["attention_mask"] = (segment >= 0).long()
+    else:
+        own = segment[:, :, None] == segment[:, None, :]  # query, key: one completion, or both in the prompt, or padding
+        allowed = (own | (segment[:, None, :] == 0)).tril()  # (R, S, S); a token sees itself, padding too: no row is empty
+        # Added to the scores, which every attention implementation understands.
+        blocked = torch.finfo(dtype).min
+        inputs["attention_mask"] = torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill(~allowed, blocked)[:, None]
+    return inputs, torch.tensor(flat, dtype=torch.long, device=device)

@@ -128,6 +128,17 @@ def tiny(policy_folder, tmp_path) -> dict:
     )
 
 
+def all_log_probs(model, ids, mask, actions, temperature, group_size=1, size=64) -> torch.Tensor:
+    """(B, T-1) log-probs by the project's own path, pass by pass."""
+    from src.logprobs import completion_log_probs, micro_batches
+
+    whole = torch.zeros(actions.shape)
+    for part in micro_batches(model, mask, actions, torch.arange(len(ids)), group_size, size):
+        of_part = completion_log_probs(model, ids, actions, part, temperature)
+        whole = whole.index_put((part.rows[:, None], torch.arange(part.width)[None]), of_part)
+    return whole
+
+
 def run_command(*arguments: str, timeout: float = 120, **kwargs) -> subprocess.CompletedProcess:
     """Run a script of the repository as a user would, from another folder's point of view: by the repository's root."""
     return subprocess.run(

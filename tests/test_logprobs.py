@@ -6,19 +6,24 @@ import pytest
 import torch
 
 from src import logprobs
-from src.logprobs import completion_log_probs
+from src.logprobs import can_pack, completion_log_probs, micro_batches
 from src.models import MasterWeights, check_head, frozen_copy
-from tests.conftest import make_policy
+from tests.conftest import all_log_probs, make_policy
+
+PROMPT_TOKENS = 3
 
 
-def batch(seed=0, lengths=(9, 5, 12), prompt=3):
+def batch(seed=0, lengths=(9, 5, 12, 4), group_size=2):
+    """Sequences of two questions; those of a question begin with the same prompt."""
     g = torch.Generator().manual_seed(seed)
     width = max(lengths)
     ids = torch.randint(3, 259, (len(lengths), width), generator=g)
+    prompts = ids[::group_size, :PROMPT_TOKENS].repeat_interleave(group_size, 0)
+    ids = torch.cat([prompts, ids[:, PROMPT_TOKENS:]], dim=1)
     mask = torch.arange(width) < torch.tensor(lengths)[:, None]
     ids = torch.where(mask, ids, 2)
     actions = mask[:, 1:].clone()
-    actions[:, : prompt - 1] = False
+    actions[:, : PROMPT_TOKENS - 1] = False
     return ids, mask, actions
 
 
@@ -27,12 +32,15 @@ def naive(policy, ids, mask, actions, temperature):
     return logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0] * actions
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 1000])
-def test_values_and_gradients_equal_the_plain_ones_whatever_the_chunk(policy, monkeypatch, chunk):
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("group_size", [1, 2])
+@pytest.mark.parametrize(("chunk", "size"), [(1, 64), (4, 3), (1000, 1)])
+def test_values_and_gradients_equal_the_plain_ones_however_packed_and_cut(monkeypatch, chunk, size, group_size, attention):
     monkeypatch.setattr(logprobs, "CHUNK_TOKENS", chunk)
+    policy = make_policy(attn_implementation=attention)
     ids, mask, actions = batch()
     weights = torch.rand(actions.shape, generator=torch.Generator().manual_seed(1))
-    ours = completion_log_probs(policy, ids, mask, actions, 0.7)
+    ours = all_log_probs(policy, ids, mask, actions, 0.7, group_size, size)
     (ours * weights).sum().backward()
     gradients = [p.grad.clone() for p in policy.parameters()]
     policy.zero_grad()
@@ -43,12 +51,32 @@ def test_values_and_gradients_equal_the_plain_ones_whatever_the_chunk(policy, mo
         torch.testing.assert_close(g, p.grad, atol=1e-5, rtol=1e-4)
 
 
-def test_rows_in_a_batch_equal_rows_alone(policy):
+def test_a_packed_row_holds_the_prompt_once_and_no_padding(policy):
     ids, mask, actions = batch()
-    together = completion_log_probs(policy, ids, mask, actions, 0.8)
-    for i, n in enumerate(mask.sum(1).tolist()):
-        alone = completion_log_probs(policy, ids[i : i + 1, :n], mask[i : i + 1, :n], actions[i : i + 1, : n - 1], 0.8)
-        torch.testing.assert_close(together[i, : n - 1], alone[0], atol=1e-5, rtol=0)
+    seen = []
+    policy.model.register_forward_hook(lambda m, args, kwargs, out: seen.append(kwargs["input_ids"]), with_kwargs=True)
+    (part,) = micro_batches(policy, mask[:2], actions[:2], torch.arange(2), 2, 64)
+    completion_log_probs(policy, ids, actions, part, 1.0)
+    # Sorted by length: the prompt, row 1's two tokens and row 0's six, each without its last, which predicts nothing.
+    assert part.packed == [[1, 0]]
+    assert seen[0].tolist() == [ids[0, :3].tolist() + ids[1, 3:4].tolist() + ids[0, 3:8].tolist()]
+
+
+def test_a_model_with_a_sliding_window_is_not_packed():
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = MistralConfig(
+        vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=4, initializer_range=0.2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = MistralForCausalLM(config).eval()
+    assert not can_pack(model)
+    assert can_pack(make_policy())
+    ids, mask, actions = batch()
+    torch.testing.assert_close(
+        all_log_probs(model, ids, mask, actions, 1.0, 2), naive(model, ids, mask, actions, 1.0), atol=1e-5, rtol=0
+    )
 
 
 def test_logits_never_exist_for_more_than_a_chunk_of_completion_tokens(policy, monkeypatch):
@@ -56,14 +84,9 @@ def test_logits_never_exist_for_more_than_a_chunk_of_completion_tokens(policy, m
     seen = []
     policy.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
     ids, mask, actions = batch()
-    completion_log_probs(policy, ids, mask, actions, 1.0).sum().backward()
+    all_log_probs(policy, ids, mask, actions, 1.0, 2).sum().backward()
     assert all(len(shape) == 2 and shape[0] <= 4 for shape in seen)
     assert sum(shape[0] for shape in seen) == 2 * actions.sum()  # once forward, once for the backward; no prompt token
-
-
-def test_an_empty_mask_gives_zeros(policy):
-    ids, mask, actions = batch()
-    assert (completion_log_probs(policy, ids, mask, torch.zeros_like(actions), 1.0) == 0).all()
 
 
 def test_a_model_that_caps_its_logits_is_refused():
@@ -122,7 +145,7 @@ def test_gradients_of_micro_batches_are_summed_in_float32():
     parts = [batch(seed) for seed in range(4)]
     total = [torch.zeros_like(p) for p in exact.parameters()]
     for part in parts:
-        completion_log_probs(model, *part, 1.0).sum().backward()
+        all_log_probs(model, *part, 1.0).sum().backward()
         for t, w in zip(total, model.parameters(), strict=True):
             t += w.grad.float()
         master.accumulate_gradients()

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from src import sampler
-from src.logprobs import completion_log_probs
 from src.sampler import sample
-from tests.conftest import make_policy
+from tests.conftest import all_log_probs, make_policy
 
 PROMPTS = [[1, 10, 11, 12, 13, 14, 15, 16], [1, 20, 21], [1, 30, 2, 31, 32, 2]]  # of three lengths; one holds stop tokens
 EOS = 2
@@ -42,8 +41,9 @@ def test_log_probs_equal_a_teacher_forced_forward(policy, temperature):
     gap = (log_probs - samples.log_probs)[samples.action_mask].abs().max()
     assert gap < 1e-4
     assert (samples.log_probs[~samples.action_mask] == 0).all()
-    ours = completion_log_probs(policy, samples.sequence_ids, samples.attention_mask, samples.action_mask, temperature)
-    assert (ours - samples.log_probs).abs().max() < 1e-4
+    for group_size in (1, 4):  # one completion a row, and packed behind their prompt
+        args = (samples.sequence_ids, samples.attention_mask, samples.action_mask, temperature, group_size)
+        assert (all_log_probs(policy, *args) - samples.log_probs).abs().max() < 1e-4
 
 
 def test_the_stop_token_is_in_the_action_mask_although_it_is_the_padding_token():

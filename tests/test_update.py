@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import train
-from src.logprobs import PASS_COST, micro_batches
+from src.logprobs import PACKED_TOKENS, micro_batches
 from src.models import MasterWeights, frozen_copy
 from src.sampler import Samples, sample
 from tests.conftest import make_policy
@@ -113,7 +113,7 @@ def test_the_gradient_of_a_whole_step_equals_trls(policy_folder, tmp_path, kl_we
     rows = lambda values: right([v[m].tolist() for v, m in zip(values, samples.action_mask, strict=True)], 0.0)  # noqa: E731
     inputs["old_per_token_logps"] = rows(samples.log_probs)
     if kl_weight:
-        inputs["ref_per_token_logps"] = rows(train.reference_log_probs(reference, samples, 8, 0.8))
+        inputs["ref_per_token_logps"] = rows(train.reference_log_probs(reference, samples, 4, 8, 0.8))
     model.zero_grad()
     trainer._compute_loss(model, inputs).backward()
 
@@ -171,7 +171,7 @@ def test_the_stop_tokens_log_prob_rises_when_stopping_is_rewarded():
     advantages = torch.where(samples.finished, 1.0, -1.0)
 
     def stop_log_probs():
-        lp = train.reference_log_probs(policy, samples, 8, 0.8)
+        lp = train.reference_log_probs(policy, samples, 4, 8, 0.8)
         return lp[samples.action_mask & (samples.sequence_ids[:, 1:] == EOS)]
 
     before = stop_log_probs()
@@ -214,8 +214,10 @@ def test_without_an_advantage_the_kl_term_alone_pulls_the_policy_to_the_referenc
 def test_groups_without_advantage_cost_no_forward_pass_and_change_nothing_when_there_is_no_kl():
     policy = stopping_policy()
     samples = draw(policy)
-    rows = []
-    policy.model.register_forward_hook(lambda module, args, output: rows.append(len(args[0])))
+    rows = []  # of the packed batch, one a question
+    policy.model.register_forward_hook(
+        lambda module, args, kwargs, output: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
     before = [p.detach().clone() for p in policy.parameters()]
     metrics = step(policy, None, samples, torch.zeros(8), kl_weight=0.0)
     assert rows == [] and metrics["policy/updates"] == 0
@@ -223,7 +225,7 @@ def test_groups_without_advantage_cost_no_forward_pass_and_change_nothing_when_t
     # One group with, one without: only its rows are computed, and the gradient is that of computing all.
     advantages = torch.tensor([1.0, -1.0, 0.5, -0.5, 0, 0, 0, 0])
     skipping = gradient_of_a_step(policy, None, samples, advantages, kl_weight=0.0)
-    assert sum(rows) == 4
+    assert sum(rows) == 1
     whole = gradient_of_a_step(policy, policy, samples, advantages, kl_weight=1e-30)
     for a, b in zip(skipping, whole, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
@@ -247,20 +249,30 @@ def test_updates_are_as_many_as_train_batch_size_and_epochs_say():
 
 
 @given(
-    lengths=st.lists(st.integers(4, 400), min_size=1, max_size=24),
+    lengths=st.lists(st.integers(1, 500), min_size=2, max_size=24).filter(lambda v: len(v) % 2 == 0),
     size=st.integers(1, 10),
+    prompt=st.integers(1, 300),
 )
-def test_micro_batches_hold_each_row_once_and_cost_no_more_than_plain_ones(lengths, size):
-    width = max(lengths)
-    mask = torch.arange(width) < torch.tensor(lengths)[:, None]
-    passes = micro_batches(mask, torch.arange(len(lengths)).flip(0), size)
-    cuts = [rows for rows, _ in passes]
-    assert sorted(torch.cat(cuts).tolist()) == list(range(len(lengths)))
-    assert all(1 <= len(rows) <= size and n == max(lengths[i] for i in rows) - 1 for rows, n in passes)
+def test_micro_batches_hold_each_completion_once_within_their_limits(lengths, size, prompt):
+    width = prompt + max(lengths)
+    ends = torch.tensor(lengths)[:, None] + prompt
+    column = torch.arange(width)
+    attention, actions = column < ends, ((column >= prompt) & (column < ends))[:, 1:]
+    parts = micro_batches(make_policy(), attention, actions, torch.arange(len(lengths)).flip(0), 2, size)
+    assert sorted(torch.cat([part.rows for part in parts]).tolist()) == list(range(len(lengths)))
+    for part in parts:
+        assert part.rows.tolist() == [r for members in part.packed for r in members]
+        assert 1 <= len(part.rows) <= size
+        assert part.width == prompt + max(lengths[r] for r in part.rows) - 1
+        for members in part.packed:
+            assert len({r // 2 for r in members}) == 1  # one question
+            assert len(members) == 1 or prompt + sum(lengths[r] for r in members) <= PACKED_TOKENS
 
-    def cost(parts):
-        return sum(len(part) * max(lengths[i] for i in part) + PASS_COST for part in parts)
 
-    ordered = sorted(range(len(lengths)), key=lengths.__getitem__)
-    plain = [ordered[i : i + size] for i in range(0, len(ordered), size)]
-    assert cost([c.tolist() for c in cuts]) <= cost(plain)
+def test_a_long_completion_goes_alone():
+    """One of 390 tokens among seven of 40: together in one padded pass, 80 % of it would be padding."""
+    policy = make_policy()
+    ends = torch.tensor([390] + [40] * 7)[:, None] + 30
+    column = torch.arange(420)
+    parts = micro_batches(policy, column < ends, ((column >= 30) & (column < ends))[:, 1:], torch.arange(8), 1, 8)
+    assert [part.rows.tolist() for part in parts] == [[1, 2, 3, 4, 5, 6, 7], [0]]
