@@ -1,8 +1,8 @@
 """Write the arithmetic problems beside this file, the same ones each time: python data/make_arithmetic.py
 
-arithmetic_{train,test}.jsonl: sums of two numbers up to 24, where the embedded model begins at about one right answer in
-five. arithmetic_hard_{train,test}.jsonl: two-digit sums and products and three terms, where it begins near none. No
-expression of a test file is in its train file in any wording, nor a sum in the other order.
+arithmetic_{train,test}.jsonl: sums of two different numbers up to 24, where the embedded model begins at about one right
+answer in five. arithmetic_hard_{train,test}.jsonl: two-digit sums and products and three terms, where it begins near none.
+No expression of a test file is in its train file in any wording, nor a sum in the other order.
 """
 
 import json
@@ -10,18 +10,24 @@ import random
 from pathlib import Path
 
 HERE = Path(__file__).parent
-WORDINGS = ("What is {}?", "Calculate {}.", "{} =", "How much is {}?")
+WORDINGS = ("What is {}?", "Calculate {}.", "{} =", "How much is {}?", "Solve: {}")
 TRAIN, TEST = 2000, 200
 
 
-def easy_expressions(rng: random.Random) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
-    """Every a + b of numbers up to 24, as (train, test); a + b and b + a are on the same side."""
-    pairs = [(a, b) for a in range(25) for b in range(a, 25)]
+def easy_problems(rng: random.Random) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+    """Sums of numbers up to 24, as (train, test); a + b and b + a are on the same side.
+
+    Training has each in every wording. The test has each in one, so that its 200 answers are of 100 different pairs: the
+    same sum in several wordings is right or wrong together, which would make the figure four times as noisy.
+    """
+    pairs = [(a, b) for a in range(25) for b in range(a + 1, 25)]
     rng.shuffle(pairs)
-    train, test = [], []
-    for a, b in pairs:
-        side = test if len(test) * len(WORDINGS) < TEST else train
-        side += [(f"{x} + {y}", a + b) for x, y in dict.fromkeys([(a, b), (b, a)])]
+    worded = lambda pair, wording: [(wording.format(f"{a} + {b}"), a + b) for a, b in (pair, pair[::-1])]  # noqa: E731
+    held_out = TEST // 2
+    test = [problem for pair in pairs[:held_out] for problem in worded(pair, rng.choice(WORDINGS))]
+    train = [problem for pair in pairs[held_out:] for wording in WORDINGS for problem in worded(pair, wording)]
+    rng.shuffle(test)
+    rng.shuffle(train)
     return train, test
 
 
@@ -49,10 +55,9 @@ def write(name: str, problems: list[tuple[str, int]]) -> None:
 
 def main() -> None:
     rng = random.Random(0)
-    for name, expressions, size in zip(("train", "test"), easy_expressions(rng), (TRAIN, TEST), strict=True):
-        worded = [(wording.format(expression), answer) for expression, answer in expressions for wording in WORDINGS]
-        rng.shuffle(worded)
-        write(f"arithmetic_{name}.jsonl", worded[:size])
+    train, test = easy_problems(rng)
+    write("arithmetic_train.jsonl", train[:TRAIN])
+    write("arithmetic_test.jsonl", test)
     hard = [(rng.choice(WORDINGS).format(expression), answer) for expression, answer in hard_expressions(rng)]
     write("arithmetic_hard_test.jsonl", hard[:TEST])
     write("arithmetic_hard_train.jsonl", hard[TEST:])
