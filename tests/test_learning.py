@@ -12,6 +12,7 @@ def test_one_step_of_the_embedded_model_from_the_command_line(tmp_path):
     done = run_command(
         "train.py", "--model-name", "embedded", "--output", str(tmp_path), "--run-name", "run", "--max-steps", "1",
         "--rollouts-per-step", "2", "--group-size", "2", "--train-batch-size", "4", "--max-new-tokens", "8",
+        timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "reward model: none" in done.stdout and "RM bounds: min=0.0000, max=0.0000" in done.stdout
