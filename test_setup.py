@@ -163,14 +163,14 @@ def check_policy(model_name: str) -> str:
 
 def check_reward_model(requested: str, policy_name: str) -> str:
     from src.models import pick_dtype
-    from src.reward_model import AceRewardModel, choose_reward_model
+    from src.reward_model import AceRewardModel, choose_reward_model, system_prompt_for
 
     device = run_device()
     dtype = pick_dtype(device, "auto")
     name, why = choose_reward_model(requested, policy_name, 0, device, dtype)  # scoring alone, no training
     if name is None:
         raise Skipped(f"reward model ({why})")
-    reward_model = AceRewardModel(name, device, dtype)
+    reward_model = AceRewardModel(name, device, dtype, system_prompt_for(name))
     right, wrong = reward_model.compute_batch_reward("What is 5 + 3?", ["5 + 3 = \\boxed{8}", "5 + 3 = \\boxed{9}"]).tolist()
     return f"reward model {name}: {right:.2f} for a right answer, {wrong:.2f} for a wrong one"
 

@@ -52,7 +52,7 @@ from src.hybrid_reward import (
 from src.logprobs import completion_log_probs, micro_batches
 from src.math_verifier import MathVerifier, ground_truth_of
 from src.report import RunLog, Scores, choose_folder, completion_metrics, reward_metrics, rollout_rows
-from src.reward_model import ACEMATH_SYSTEM_PROMPT, AceRewardModel, choose_reward_model
+from src.reward_model import AceRewardModel, choose_reward_model, system_prompt_for
 from src.sampler import Samples, sample
 
 # Shapes: Q questions a step, G completions a question, B = Q x G completions, T tokens of the longest sequence.
@@ -501,9 +501,7 @@ def load_reward_model(
         print(f"reward model: none, the verifier alone decides ({why})", flush=True)
         return None
     try:
-        # AceMath's system message is part of AceMath; others were trained without it.
-        system_prompt = ACEMATH_SYSTEM_PROMPT if "acemath" in name.lower() else None
-        reward_model = AceRewardModel(name, device, dtype, system_prompt)
+        reward_model = AceRewardModel(name, device, dtype, system_prompt_for(name))
     except (InputError, torch.OutOfMemoryError) as error:
         print(f"warning: no reward model, the verifier alone decides: {error}", flush=True)
         return None

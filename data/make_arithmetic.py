@@ -18,7 +18,7 @@ def easy_problems(rng: random.Random) -> tuple[list[tuple[str, int]], list[tuple
     """Sums of numbers up to 24, as (train, test); a + b and b + a are on the same side.
 
     Training has each in every wording. The test has each in one, so that its 200 answers are of 100 different pairs: the
-    same sum in several wordings is right or wrong together, which would make the figure four times as noisy.
+    same sum in several wordings is right or wrong together, which would leave far fewer independent answers.
     """
     pairs = [(a, b) for a in range(25) for b in range(a + 1, 25)]
     rng.shuffle(pairs)

@@ -132,7 +132,9 @@ def _pack(
         (R, 1, S, S); and, for each sampled token (N,), where in the flattened (R x S) the token before it stands.
     """
     device = sequence_ids.device
-    ids_of, mask_of = sequence_ids.tolist(), action_mask.tolist()
+    rows = [row for members in packed for row in members]  # of this pass alone, not of the whole batch
+    ids_of = dict(zip(rows, sequence_ids[rows].tolist(), strict=True))
+    mask_of = dict(zip(rows, action_mask[rows].tolist(), strict=True))
     ids, positions, segments, predictors = [], [], [], []  # of each packed row; a segment is 0 in the prompt, then 1, 2, ...
     for members in packed:
         start = mask_of[members[0]].index(True) + 1  # tokens of the prompt

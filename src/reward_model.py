@@ -128,6 +128,11 @@ class AceRewardModel:
         return self.model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits[:, 0].float().cpu()
 
 
+def system_prompt_for(model_name: str) -> str | None:
+    """The system message that a reward model was trained with: AceMath's for AceMath, none for others."""
+    return ACEMATH_SYSTEM_PROMPT if "acemath" in model_name.lower() else None
+
+
 def choose_reward_model(
     requested: str, policy_name: str, policy_parameters: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[str | None, str]:
