@@ -40,7 +40,7 @@ def hard_expressions(rng: random.Random) -> list[tuple[str, int]]:
         if kind == 0:
             found[f"{a} + {b}"] = a + b
         elif kind == 1:
-            found[f"{a} * {c % 8 + 2}"] = a * (c % 8 + 2)
+            found[f"{a} * {c % 7 + 3}"] = a * (c % 7 + 3)
         elif kind == 2:
             found[f"{a} + {b} + {c}"] = a + b + c
         elif a + b >= c:
