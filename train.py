@@ -51,6 +51,7 @@ from src.hybrid_reward import (
 )
 from src.logprobs import completion_log_probs, micro_batches
 from src.math_verifier import MathVerifier, ground_truth_of
+from src.memory import keep_freed_memory
 from src.report import RunLog, Scores, choose_folder, completion_metrics, reward_metrics, rollout_rows
 from src.reward_model import AceRewardModel, choose_reward_model, system_prompt_for
 from src.sampler import Samples, sample
@@ -183,6 +184,8 @@ def main(
         raise InputError(
             f"--device {device}: accelerate already works on {run_device.type} in this Python process; start a new one"
         )
+    if run_device.type == "cpu":
+        keep_freed_memory()
     order_generator = torch.Generator().manual_seed(seed)
     sample_generator = torch.Generator(run_device).manual_seed(seed)
 

@@ -9,7 +9,7 @@ the embedded model itself.
 from dataclasses import dataclass
 
 import torch
-from torch.utils.checkpoint import checkpoint
+import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 PASS_COST = 64  # what one more forward and backward pass costs, in tokens of a pass
@@ -109,17 +109,52 @@ def completion_log_probs(
     hidden = hidden.flatten(0, 1)[predictors]  # (N, D), N sampled tokens, row after row
     targets = sequence_ids[batch.rows, 1 : batch.width + 1][mask]  # (N,)
     head = model.get_output_embeddings()
-
-    def chunk_log_probs(hidden_chunk: torch.Tensor, target_chunk: torch.Tensor) -> torch.Tensor:
-        logits = head(hidden_chunk).float() / temperature  # (n, V)
-        return logits.gather(1, target_chunk[:, None])[:, 0] - logits.logsumexp(dim=1)  # (n,)
-
-    chunks = [
-        checkpoint(chunk_log_probs, h, t, use_reentrant=False)
-        for h, t in zip(hidden.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True)
-    ]
     log_probs = torch.zeros(mask.shape, dtype=torch.float32, device=hidden.device)
-    return log_probs.masked_scatter(mask, torch.cat(chunks)) if chunks else log_probs
+    return log_probs.masked_scatter(mask, _TokenLogProbs.apply(hidden, head.weight, head.bias, targets, temperature))
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    """log_softmax((hidden W^T + b) / temperature) at the targets, CHUNK_TOKENS rows of logits at a time.
+
+    The gradient of the log-prob of target y in the logits is (onehot(y) - softmax) / temperature; written out, it is made in
+    place of the logits, where autograd would keep and walk several tensors of their size.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, temperature):
+        """hidden (N, D), weight (V, D), bias (V,) or None, targets (N,) -> log-probs (N,) float32."""
+        log_probs = torch.empty(len(targets), device=hidden.device)
+        totals = torch.empty_like(log_probs)
+        for start in range(0, len(targets), CHUNK_TOKENS):
+            part = slice(start, start + CHUNK_TOKENS)
+            logits = F.linear(hidden[part], weight, bias).float().div_(temperature)  # (n, V)
+            of_target = logits.gather(1, targets[part, None])[:, 0]
+            highest = logits.amax(dim=1, keepdim=True)
+            totals[part] = logits.sub_(highest).exp_().sum(dim=1).log_() + highest[:, 0]  # logsumexp, in place
+            log_probs[part] = of_target - totals[part]
+        ctx.save_for_backward(hidden, weight, bias, targets, totals)
+        ctx.temperature = temperature
+        return log_probs
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight, bias, targets, totals = ctx.saved_tensors
+        grad = grad / ctx.temperature
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
+        for start in range(0, len(targets), CHUNK_TOKENS):
+            part = slice(start, start + CHUNK_TOKENS)
+            logits = F.linear(hidden[part], weight, bias).float().div_(ctx.temperature)
+            of_logits = logits.sub_(totals[part, None]).exp_().mul_(-grad[part, None])  # (n, V)
+            of_logits.scatter_add_(1, targets[part, None], grad[part, None])
+            of_logits = of_logits.to(hidden.dtype)
+            torch.mm(of_logits, weight, out=grad_hidden[part])
+            if grad_weight is not None:
+                grad_weight.addmm_(of_logits.T, hidden[part])
+            if grad_bias is not None:
+                grad_bias += of_logits.sum(dim=0)
+        return grad_hidden, grad_weight, grad_bias, None, None
 
 
 def _pack(

@@ -178,7 +178,7 @@ def _first_line(error: Exception) -> str:
 def check_head(model: PreTrainedModel) -> None:
     """Refuse a model whose logits are more than its output head applied to its last hidden state.
 
-    `logprobs.completion_log_probs` applies the head by itself; where the model also caps or scales its logits (Gemma 2,
+    `logprobs.completion_log_probs` applies the head's weights by itself; where the model also caps or scales its logits (Gemma 2,
     Cohere), the log-probs would be silently wrong.
 
     Raises:
@@ -186,7 +186,12 @@ def check_head(model: PreTrainedModel) -> None:
     """
     ids = torch.arange(1, 5, device=model.device)[None] % model.config.vocab_size
     whole = model(ids).logits
-    by_hand = model.get_output_embeddings()(model.base_model(ids).last_hidden_state)
+    head = model.get_output_embeddings()
+    if type(head) is not torch.nn.Linear:
+        raise InputError(
+            f"{type(model).__name__} has no plain linear output head but {type(head).__name__}; take a model that has"
+        )
+    by_hand = head(model.base_model(ids).last_hidden_state)
     if not torch.allclose(whole, by_hand, rtol=1e-3, atol=1e-3 * float(whole.abs().max())):
         raise InputError(
             f"{type(model).__name__} changes its logits after the output head (a soft cap or a scale); take a model that does not"

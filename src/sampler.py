@@ -7,7 +7,9 @@ its group, then all completions of the step decode in one batch, which finished 
 from dataclasses import dataclass
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
+
+from src.decoder import make_decoder
 
 COMPACT_BELOW = 0.9  # rebuild the batch once this share of its rows is still going: a rebuild copies the cache
 
@@ -57,16 +59,14 @@ def sample(
         `Samples`, on the model's device.
     """
     device = model.device
-    cache, logits, mask = _prefill(model, prompt_ids, pad_id)
-    cache.batch_repeat_interleave(group_size)
-    logits = logits.repeat_interleave(group_size, 0)  # (B, V)
-    mask = mask.repeat_interleave(group_size, 0)  # (B, P)
-    positions = mask.sum(dim=1)  # (B,) where the next token goes
-    limits = max_length - positions  # (B,) tokens that a completion may have
+    prompt_lengths = torch.tensor([len(ids) for ids in prompt_ids], device=device).repeat_interleave(group_size)  # (B,)
+    limits = max_length - prompt_lengths  # (B,) tokens that a completion may have
     if max_new_tokens is not None:
         limits = limits.clamp(max=max_new_tokens)
+    batch, steps = len(limits), int(limits.max())
+    decoder = make_decoder(model, batch, int(prompt_lengths.max()) + steps)
+    logits = decoder.prefill(prompt_ids, group_size, pad_id)  # (B, V)
 
-    batch, steps = len(logits), int(limits.max())
     stops = torch.tensor(stop_ids, device=device)
     tokens = torch.full((batch, steps), pad_id, device=device)  # (B, C)
     log_probs = torch.zeros(batch, steps, device=device)  # (B, C)
@@ -89,35 +89,10 @@ def sample(
             break
         if left < COMPACT_BELOW * len(rows):
             keep = going.nonzero()[:, 0]
-            cache.batch_select_indices(keep)
-            rows, token, mask, positions, going = rows[keep], token[keep], mask[keep], positions[keep], going[keep]
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-        logits = model(
-            input_ids=token[:, None],
-            attention_mask=mask,
-            position_ids=positions[:, None],
-            past_key_values=cache,
-            use_cache=True,
-        ).logits[:, -1]
-        positions = positions + 1
+            decoder.keep(keep)
+            rows, token, going = rows[keep], token[keep], going[keep]
+        logits = decoder.step(token)
     return _join(prompt_ids, group_size, tokens, log_probs, counts, finished, pad_id)
-
-
-def _prefill(model: PreTrainedModel, prompt_ids: list[list[int]], pad_id: int) -> tuple[DynamicCache, torch.Tensor, torch.Tensor]:
-    """Read Q prompts: their cache, the logits (Q, V) of the first token of a completion, and the mask (Q, P) of real tokens.
-
-    Padded on the left, so that all completions grow from one column; positions count real tokens only.
-    """
-    longest = max(map(len, prompt_ids))
-    prompts = torch.tensor([[pad_id] * (longest - len(ids)) + ids for ids in prompt_ids], device=model.device)  # (Q, P)
-    lengths = torch.tensor([len(ids) for ids in prompt_ids], device=model.device)
-    mask = (torch.arange(longest, device=model.device) >= longest - lengths[:, None]).long()  # (Q, P)
-    cache = DynamicCache(config=model.config)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    out = model(
-        input_ids=prompts, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
-    )
-    return cache, out.logits[:, -1], mask
 
 
 def _pick(
@@ -128,20 +103,23 @@ def _pick(
     Inverse-CDF sampling needs one random number a row; torch.multinomial draws one per vocabulary entry, which took a
     quarter of the time of generation on a CPU.
     """
-    log_probs = (logits.float() / (temperature or 1.0)).log_softmax(dim=-1)  # (n, V)
+    scaled = logits.float() / (temperature or 1.0)  # (n, V)
+    scaled -= scaled.amax(dim=-1, keepdim=True)
+    probs = scaled.exp()  # times a constant of the row
+    cdf = probs.cumsum(dim=-1)
+    total = cdf[:, -1:]
     if uniform is None:
-        token = log_probs.argmax(dim=-1)
+        token = scaled.argmax(dim=-1, keepdim=True)  # (n, 1)
     else:
-        probs = log_probs.exp()
+        kept = cdf
         if top_p < 1.0:
             ordered, order = probs.sort(dim=-1, descending=True)
-            beyond = ordered.cumsum(dim=-1) - ordered >= top_p  # the mass before a token already suffices
-            probs = torch.zeros_like(probs).scatter(-1, order, ordered.masked_fill(beyond, 0.0))
-        cdf = probs.cumsum(dim=-1)
+            beyond = ordered.cumsum(dim=-1) - ordered >= top_p * total  # the mass before a token already suffices
+            kept = torch.zeros_like(probs).scatter(-1, order, ordered.masked_fill(beyond, 0.0)).cumsum(dim=-1)
         # Held below the total where rounding would reach it: the first entry above the point then has a probability.
-        point = uniform[:, None] * cdf[:, -1:] * (1 - 2**-23)
-        token = torch.searchsorted(cdf, point, right=True)[:, 0]
-    return token, log_probs.gather(1, token[:, None])[:, 0]
+        point = uniform[:, None] * kept[:, -1:] * (1 - 2**-23)
+        token = torch.searchsorted(kept, point, right=True)  # (n, 1)
+    return token[:, 0], (scaled.gather(1, token) - total.log())[:, 0]
 
 
 def _join(

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from src import logprobs
 from src.logprobs import can_pack, completion_log_probs, micro_batches
@@ -79,14 +80,30 @@ def test_a_model_with_a_sliding_window_is_not_packed():
     )
 
 
+class WideTensors(TorchDispatchMode):
+    """Notes the rows of every tensor of logits (..., vocabulary) that any operation makes."""
+
+    def __init__(self, vocabulary):
+        super().__init__()
+        self.vocabulary, self.rows = vocabulary, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for t in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(t, torch.Tensor) and t.dim() > 1 and t.shape[-1] == self.vocabulary:
+                self.rows.append(t.numel() // self.vocabulary)
+        return out
+
+
 def test_logits_never_exist_for_more_than_a_chunk_of_completion_tokens(policy, monkeypatch):
     monkeypatch.setattr(logprobs, "CHUNK_TOKENS", 4)
-    seen = []
-    policy.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    policy.lm_head.requires_grad_(False)  # its own gradient has the vocabulary as a dimension too
+    policy.model.embed_tokens.requires_grad_(False)
     ids, mask, actions = batch()
-    all_log_probs(policy, ids, mask, actions, 1.0, 2).sum().backward()
-    assert all(len(shape) == 2 and shape[0] <= 4 for shape in seen)
-    assert sum(shape[0] for shape in seen) == 2 * actions.sum()  # once forward, once for the backward; no prompt token
+    with WideTensors(policy.config.vocab_size) as wide:
+        all_log_probs(policy, ids, mask, actions, 1.0, 2).sum().backward()
+    wide.rows = [n for n in wide.rows if n != policy.config.hidden_size]  # the head's weights, transposed
+    assert max(wide.rows) == 4
 
 
 def test_a_model_that_caps_its_logits_is_refused():
@@ -165,3 +182,18 @@ def test_the_reference_is_frozen_and_apart(policy):
     assert not any(p.requires_grad for p in reference.parameters())
     policy.lm_head.weight.data += 1
     assert not torch.equal(reference.lm_head.weight, policy.lm_head.weight)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("frozen_head", [True, False])
+def test_the_written_out_gradient_of_the_head_equals_autograds(monkeypatch, bias, frozen_head):
+    monkeypatch.setattr(logprobs, "CHUNK_TOKENS", 3)
+    torch.manual_seed(0)
+    head = torch.nn.Linear(6, 11, bias=bias).requires_grad_(not frozen_head)
+    hidden, targets, upstream = torch.randn(8, 6, requires_grad=True), torch.randint(11, (8,)), torch.randn(8)
+    inputs = [hidden] if frozen_head else [hidden, *head.parameters()]
+    ours = logprobs._TokenLogProbs.apply(hidden, head.weight, head.bias, targets, 0.7)
+    plain = (head(hidden) / 0.7).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(ours, plain)
+    for a, b in zip(torch.autograd.grad(ours, inputs, upstream), torch.autograd.grad(plain, inputs, upstream), strict=True):
+        torch.testing.assert_close(a, b)

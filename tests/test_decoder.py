@@ -1,0 +1,144 @@
+"""The fast decoder against the general one, which is the model's own forward, on every kind of model that it takes."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, GPT2Config, MistralConfig, Qwen2Config, Qwen3Config
+
+from src import decoder, sampler
+from src.decoder import GeneralDecoder, LlamaDecoder, make_decoder
+from tests.conftest import make_policy
+
+PROMPTS = [[1, 10, 11, 12, 13, 14, 15, 16], [1, 20, 21], [1, 30, 2, 31, 32, 2]]
+SMALL = dict(
+    vocab_size=80, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.2
+)
+
+
+def build(config):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("bias"):  # made as zeros, which would hide a forgotten one
+                p.normal_()
+    return model
+
+
+MODELS = {
+    "grouped heads": lambda: make_policy(),
+    "one key head": lambda: make_policy(num_key_value_heads=1),
+    "as many key heads": lambda: make_policy(num_key_value_heads=4),
+    "biases": lambda: make_policy(attention_bias=True, mlp_bias=True),
+    "tied": lambda: make_policy(tie_word_embeddings=True),
+    "wide heads": lambda: make_policy(head_dim=16),
+    "llama3 positions": lambda: make_policy(
+        rope_parameters=dict(
+            rope_type="llama3",
+            rope_theta=10000.0,
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=16,
+        )
+    ),
+    "qwen2": lambda: build(Qwen2Config(**SMALL, num_key_value_heads=2)),
+    "mistral": lambda: build(MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=None)),
+}
+
+
+@torch.no_grad()
+def both(model, prompts=PROMPTS, group_size=3, steps=6, leave_at=3):
+    """Logits of the two decoders, step by step, fed the same tokens; rows leave before step `leave_at`."""
+    torch.manual_seed(1)
+    rows = len(prompts) * group_size
+    decoders = [GeneralDecoder(model), LlamaDecoder(model, rows, max(map(len, prompts)) + steps)]
+    pairs = [tuple(d.prefill(prompts, group_size, 2) for d in decoders)]
+    for step in range(steps):
+        if step == leave_at:
+            keep = torch.tensor([0, 3, 4, 7, 8])[: max(1, rows // 2)]
+            rows = len(keep)
+            for d in decoders:
+                d.keep(keep)
+        token = torch.randint(3, 80, (rows,))
+        pairs.append(tuple(d.step(token) for d in decoders))
+    return pairs
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_fast_decoder_equals_the_general_one(kind):
+    model = MODELS[kind]()
+    assert isinstance(make_decoder(model, 1, 1), LlamaDecoder)
+    for general, fast in both(model):
+        torch.testing.assert_close(fast, general, atol=1e-4, rtol=1e-5)
+
+
+def test_prompts_of_one_length_need_no_mask():
+    model = make_policy()
+    for general, fast in both(model, prompts=[[1, 5, 6], [1, 7, 8], [1, 9, 9]]):
+        torch.testing.assert_close(fast, general, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["grouped heads", "biases", "qwen2"])
+def test_in_bfloat16_it_is_as_near_to_float32_as_the_general_one(kind):
+    """Packed weights where the processor has them. Both round; neither may be off by more than twice the other's error."""
+    exact = [general for general, _ in both(MODELS[kind]())]
+    errors = [
+        [(a.float() - e).abs().mean() for a in pair] for pair, e in zip(both(MODELS[kind]().bfloat16()), exact, strict=True)
+    ]
+    general, fast = torch.tensor(errors).mean(dim=0)
+    assert 0 < fast < 2 * general
+
+
+def test_models_that_compute_something_else_take_the_general_one():
+    others = {
+        "another family": build(GPT2Config(vocab_size=80, n_embd=32, n_layer=2, n_head=4)),
+        "norms on queries and keys": build(Qwen3Config(**SMALL, num_key_value_heads=2)),
+        "a sliding window": build(MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=8)),
+        "some sliding windows": build(
+            Qwen2Config(**SMALL, num_key_value_heads=2, use_sliding_window=True, sliding_window=8, max_window_layers=1)
+        ),
+        "another activation": make_policy(hidden_act="gelu"),
+        "positions that depend on the length": make_policy(
+            rope_parameters=dict(rope_type="dynamic", rope_theta=10000.0, factor=2.0)
+        ),
+    }
+    adapted = make_policy()
+    adapted.model.layers[1].mlp.up_proj = nn.Sequential(adapted.model.layers[1].mlp.up_proj)
+    others["a layer around a projection"] = adapted
+    for kind, model in others.items():
+        assert isinstance(make_decoder(model, 1, 1), GeneralDecoder), kind
+        out = sampler.sample(
+            model,
+            PROMPTS,
+            2,
+            max_length=14,
+            max_new_tokens=None,
+            temperature=1.0,
+            top_p=1.0,
+            stop_ids=[2],
+            pad_id=2,
+            generator=torch.Generator().manual_seed(0),
+        )
+        assert out.action_mask.any(), kind
+
+
+def test_the_sampler_gives_the_same_with_either(policy, monkeypatch):
+    policy.lm_head.weight.data[2] += 0.3  # rows leave at different times
+    draw = lambda: sampler.sample(  # noqa: E731
+        policy,
+        PROMPTS,
+        8,
+        max_length=40,
+        max_new_tokens=None,
+        temperature=0.8,
+        top_p=1.0,
+        stop_ids=[2],
+        pad_id=2,
+        generator=torch.Generator().manual_seed(0),
+    )
+    fast = draw()
+    monkeypatch.setattr(decoder.LlamaDecoder, "fits", staticmethod(lambda model: False))
+    general = draw()
+    assert fast.completion_ids == general.completion_ids
+    torch.testing.assert_close(fast.log_probs, general.log_probs, atol=1e-5, rtol=0)
