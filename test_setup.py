@@ -12,6 +12,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -47,7 +48,7 @@ def check_python() -> str:
 
 def check_import(name: str, version: str) -> str:
     try:
-        module = importlib.import_module(name)
+        module = importlib.import_module(name.replace("-", "_"))
     except Exception as error:  # an installation can be broken in any way
         raise Failed(f"import {name}: {type(error).__name__}: {error}", SETUP) from None
     found = getattr(module, "__version__", None) or importlib.metadata.version(name)
@@ -59,7 +60,7 @@ def check_import(name: str, version: str) -> str:
 def pinned() -> dict[str, str]:
     """Packages of requirements.txt and their versions."""
     lines = (line.split("#")[0].strip() for line in (HERE / "requirements.txt").read_text().splitlines())
-    return dict(line.split("==") for line in lines if line)
+    return dict(re.sub(r"\[.*\]", "", line).split("==") for line in lines if line)  # without extras
 
 
 def check_data(name: str, count: int) -> str:
@@ -78,11 +79,14 @@ def check_verifier() -> str:
     from src.math_verifier import MathVerifier
 
     cases = [("5 + 3 = 8.", "8", True), (r"\boxed{1,000}", "1000", True), (r"\boxed{x^2}", "x^2", True), ("It is 9.", "8", False)]
-    for response, truth, expected in cases:
-        if MathVerifier().verify("", response, truth)["correct"] != expected:
-            raise Failed(
-                f"the verifier misjudges {response!r} against {truth!r}", "git status: has src/math_verifier.py changed?"
-            )
+    cases += [(r"\boxed{(x+1)^2}", "x^2+2x+1", True), (r"\boxed{(x-1)^2}", "x^2+2x+1", False)]  # by Math-Verify, in its process
+    with MathVerifier() as verifier:
+        for response, truth, expected in cases:
+            if verifier.verify("", response, truth)["correct"] != expected:
+                raise Failed(
+                    f"the verifier misjudges {response!r} against {truth!r}",
+                    f"git status: has src/math_verifier.py, answers.py or symbolic.py changed? Otherwise {SETUP}",
+                )
     return f"verifier: {len(cases)} answers judged as they should be"
 
 

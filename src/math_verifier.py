@@ -1,156 +1,138 @@
 """The rule verifier: is a completion's final answer right?
 
-The final answer is, in this order: what the last complete `<answer>` holds, the last `\\boxed{}`, what follows the last
-`####`, and (method "flexible" only) the last number. Answers are parsed, never evaluated.
+`answers.final_answer` finds what the completion commits to. It is compared as an exact number or as text, which settles nearly
+all grade-school answers in microseconds; what is left goes to Math-Verify, in a process that can be killed
+(`symbolic.SymbolicWorker`). Text is parsed, never evaluated.
 """
 
 import re
-from fractions import Fraction
+import threading
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
 
-MAX_ANSWER_CHARS = 200  # a longer "final answer" is not one
-
-_ANSWER_TAG = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL | re.IGNORECASE)
-_HASHES = re.compile(r"####([^\n]*)")
-_NUMBER = re.compile(
-    r"(?<![\w.])"  # not the tail of a word or of another number
-    r"-?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d))"  # 1,234.5  12  .5
-    r"(?:/\d+(?:\.\d+)?)?"  # 3/4
+from src.answers import (
+    MAX_ANSWER_CHARS,
+    FinalAnswer,
+    Number,
+    boxed,
+    clean,
+    final_answer,
+    normalised,
+    read_number,
+    same_number,
+    unwrap,
 )
-_LATEX_FRACTION = re.compile(r"(-?)\\[dt]?frac\s*\{(-?\d+)\}\s*\{(-?\d+)\}")
-_BRACES = re.compile(r"\\boxed\{|\{|\}")
-_UNIT_AFTER = re.compile(r"(?<=\d)\s*(?:\\?%|[A-Za-z°][A-Za-z° .]*)$")  # "8 apples", "50 %"; no nested repeats: linear
-_UNICODE_MINUS = str.maketrans({"−": "-", "–": "-", "—": "-", "﹣": "-", "－": "-"})
+from src.symbolic import ITEM_SECONDS, Outcome, SymbolicWorker, renew_lock_after_fork
+
+MAX_CACHED = 100_000  # comparisons that are remembered
+BATCH_SECONDS = 60.0  # what the symbolic comparisons of one batch may take together
+
+
+@dataclass
+class VerifierCounts:
+    """What a verifier has done so far."""
+
+    judged: int = 0  # completions
+    extracted: int = 0  # of them, those with a final answer
+    fast: int = 0  # answers that were settled without Math-Verify
+    symbolic: int = 0  # answers that it settled
+    restarts: int = 0  # of Math-Verify's process
+    timeouts: int = 0  # answers on which it broke a limit, or that the batch's time did not reach; they count as wrong
 
 
 def ground_truth_of(answer: str) -> str:
-    """The answer that a data record stands for: what follows the last `####` of a GSM8K solution, else all of it.
+    r"""The answer that a data record stands for.
 
-    >>> ground_truth_of("She has 3 + 5 = 8 apples. #### 8")
-    '8'
+    What follows the last `####` of a GSM8K solution, what the last `\boxed{}` of a MATH solution holds, else all of it.
+
+    >>> ground_truth_of("She has 3 + 5 = 8 apples. #### 8"), ground_truth_of(r"so it is $\boxed{8}$.")
+    ('8', '8')
     """
-    return answer.rsplit("####", 1)[-1].strip()
-
-
-def last_boxed(text: str) -> str | None:
-    r"""Content of the last complete `\boxed{...}` of a text, braces matched.
-
-    >>> last_boxed(r"so \boxed{\frac{1}{2}}.")
-    '\\frac{1}{2}'
-    """
-    last = None  # (start, end) of the content
-    open_braces: list[int | None] = []  # for each brace that is open: where its box's content starts, None for a plain one
-    for match in _BRACES.finditer(text):  # one pass: looking for the end of each box in turn would be quadratic
-        if match[0] != "}":
-            open_braces.append(match.end() if match[0] != "{" else None)
-        elif open_braces:
-            start = open_braces.pop()
-            if start is not None and (last is None or start > last[0]):
-                last = (start, match.start())
-    return text[slice(*last)] if last else None
-
-
-def extract_answer(text: str, method: str) -> tuple[str | None, bool]:
-    """The final answer in a text, and whether it was marked as such (`<answer>`, `\\boxed{}` or `####`).
-
-    >>> extract_answer("I think 3 + 5 is <answer>8</answer>", "strict")
-    ('8', True)
-    >>> extract_answer("The answer is 1,000.", "flexible")
-    ('1,000', False)
-    >>> extract_answer("The answer is 1,000.", "strict")
-    (None, False)
-    """
-    text = text.translate(_UNICODE_MINUS)
-    tags = _ANSWER_TAG.findall(text)
-    if tags:
-        inside = tags[-1].strip()
-        return (last_boxed(inside) or inside), True
-    boxed = last_boxed(text)
-    if boxed is not None:
-        return boxed.strip(), True
-    hashes = _HASHES.findall(text)
-    if hashes and hashes[-1].strip():
-        return hashes[-1].strip(), True
-    if method == "flexible":
-        numbers = [m for m in _NUMBER.findall(text) if any(c.isdigit() for c in m)]
-        if numbers:
-            return numbers[-1], False
-    return None, False
-
-
-def parse_number(answer: str) -> Fraction | None:
-    r"""The exact value of an answer that is a number with nothing but a unit or marks around it, else None.
-
-    >>> parse_number("$1,000.50"), parse_number(r"\frac{3}{4}"), parse_number("3 1/2"), parse_number("7 or 8")
-    (Fraction(2001, 2), Fraction(3, 4), Fraction(7, 2), None)
-    """
-    if len(answer) > MAX_ANSWER_CHARS:
-        return None
-    answer = answer.translate(_UNICODE_MINUS)
-    answer = _LATEX_FRACTION.sub(r"\g<1>\g<2>/\g<3>", answer.strip())
-    answer = re.sub(r"\\text\{([^{}]*)\}", r"\1", answer)
-    answer = answer.replace("\\$", "").replace("\\!", "").replace("\\,", "").strip("$*`_ \n\t=")
-    answer = _UNIT_AFTER.sub("", answer.rstrip(".,;:! ")).rstrip("$* ")
-    answer = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", answer).replace("$", "")
-    answer = re.sub(r"\s*/\s*", "/", re.sub(r"^([+-])\s+", r"\1", answer.strip()))
-    match = re.fullmatch(r"([+-]?)(?:(\d+)\s+(?=\d+/))?(\d+\.?\d*|\.\d+)(?:/(\d+\.?\d*|\.\d+))?", answer)
-    if match is None:
-        return None
-    sign, whole, numerator, denominator = match.groups()
-    if denominator is not None and Fraction(denominator.rstrip(".")) == 0:
-        return None
-    value = Fraction(whole or 0) + Fraction(numerator.rstrip(".")) / Fraction((denominator or "1").rstrip("."))
-    return -value if sign == "-" else value
-
-
-def same_answer(answer: str, truth: str) -> bool:
-    """Whether two final answers agree: as exact numbers where both are, else as text after verl's LaTeX normalisation."""
-    a, b = parse_number(answer), parse_number(truth)
-    if a is not None and b is not None:
-        return a == b
-    if answer.strip() == truth.strip():
-        return bool(truth.strip())
-    if a is not None or b is not None:
-        return False  # a number against something that is none
-    # Imported where it is used: importing verl takes 3 s and brings in Ray.
-    from verl.utils.reward_score.math_reward import is_equiv
-
-    return bool(truth.strip()) and is_equiv(answer, truth)
+    if "####" in answer:
+        return answer.rsplit("####", 1)[-1].strip()
+    boxes = boxed(answer)
+    return boxes[-1][0].strip() if len({content for content, _ in boxes}) == 1 else answer.strip()
 
 
 class MathVerifier:
-    """Judges completions against the ground truth.
+    """Judges completions against the ground truth. Safe to use from several threads and after a fork.
 
     Args:
-        method: "strict" accepts a marked final answer only; "flexible" also takes the last number of unmarked text.
+        method: "strict" accepts a marked final answer only (`<answer>`, `\\boxed{}`, `####`); "flexible" reads unmarked text
+            too.
         correct_reward: What a right answer earns.
         format_reward: What a wrong answer earns that was marked as one.
+        item_seconds: Limit of one symbolic comparison. An answer that breaks it is wrong.
 
     Raises:
         ValueError: `method` is neither of the two.
     """
 
-    def __init__(self, method: str = "flexible", correct_reward: float = 1.0, format_reward: float = 0.0):
+    def __init__(
+        self,
+        method: str = "flexible",
+        correct_reward: float = 1.0,
+        format_reward: float = 0.0,
+        item_seconds: float = ITEM_SECONDS,
+    ):
         if method not in ("flexible", "strict"):
             raise ValueError(f"method={method!r}: must be 'flexible' or 'strict'")
         self.method = method
         self.correct_reward = correct_reward
         self.format_reward = format_reward
+        self.counts = VerifierCounts()
+        self._worker = SymbolicWorker(item_seconds)
+        self._cache: OrderedDict[tuple[str, str], Outcome] = OrderedDict()
+        self._lock = threading.Lock()  # of counts and cache
+        renew_lock_after_fork(self)
 
-    def prepare(self, ground_truths: list[str]) -> None:
-        """Import what judging answers to these needs, so that a broken installation shows before training.
+    def __reduce__(self) -> tuple:
+        return MathVerifier, (self.method, self.correct_reward, self.format_reward, self._worker.item_seconds)
+
+    def __enter__(self) -> "MathVerifier":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the process of the symbolic comparison. Verifying on would start another."""
+        self._worker.close()
+
+    def prepare(self, ground_truths: list[str]) -> list[str | None]:
+        """Start the symbolic stage in the background, and find the truths that no answer could ever equal.
+
+        Returns:
+            Of each truth, why it cannot be read, or None where it can.
 
         Raises:
-            ImportError: verl is missing, and an answer is not a number.
+            RuntimeError: Math-Verify does not start, and a truth needs it.
         """
-        if any(parse_number(truth) is None for truth in ground_truths):
-            import verl.utils.reward_score.math_reward  # noqa: F401
+        self._worker.start()
+        return [self._unreadable(ground_truth_of(truth)) for truth in ground_truths]
+
+    def _unreadable(self, truth: str) -> str | None:
+        if not truth:
+            return "it is empty"
+        if len(truth) > MAX_ANSWER_CHARS:
+            return f"it has {len(truth)} characters; an answer has at most {MAX_ANSWER_CHARS}"
+        if read_number(truth) is not None or _is_words(truth):
+            return None
+        if _too_large(truth):
+            return "it is too large to be computed with"
+        deadline = time.monotonic() + BATCH_SECONDS
+        readable = self._worker.ask("", _as_latex(truth), deadline) is Outcome.EQUAL
+        if not readable and self._worker.ask("$1$", "$1$", deadline) is not Outcome.EQUAL:
+            raise RuntimeError("Math-Verify does not start; run: pip install -r requirements.txt -c constraints.txt")
+        return None if readable else "it is neither a number, nor words, nor an expression that Math-Verify reads"
 
     def verify(self, prompt: str, response: str, ground_truth: str) -> dict:
         """Judge one completion.
 
         Args:
-            prompt: The question. Not read today; part of the interface so that a check may use it.
-            response: The completion.
+            prompt: The question. An answer that only repeats an expression of it is none.
+            response: The completion, any text.
             ground_truth: The right answer, or a solution that ends in `#### answer`.
 
         Returns:
@@ -159,13 +141,193 @@ class MathVerifier:
         >>> MathVerifier().verify("What is 5 + 3?", "5 + 3 = 8.", "8")
         {'correct': True, 'reward': 1.0, 'parsed_answer': '8'}
         """
-        answer, marked = extract_answer(response, self.method)
-        if answer is not None and len(answer) > MAX_ANSWER_CHARS:
-            answer, marked = None, False
-        correct = answer is not None and same_answer(answer, ground_truth_of(ground_truth))
-        reward = self.correct_reward if correct else self.format_reward if marked else 0.0
-        return {"correct": correct, "reward": reward, "parsed_answer": answer}
+        return self.verify_batch([prompt], [response], [ground_truth])[0]
 
     def verify_batch(self, prompts: list[str], responses: list[str], ground_truths: list[str]) -> list[dict]:
         """`verify` for each of three lists of one length, in order."""
-        return [self.verify(p, r, g) for p, r, g in zip(prompts, responses, ground_truths, strict=True)]
+        finals = [final_answer(r, self.method, p) for p, r in zip(prompts, responses, strict=True)]
+        truths = [ground_truth_of(t) for t in ground_truths]
+        correct: list[bool | None] = [
+            _compare(final, truth, prompt) for final, truth, prompt in zip(finals, truths, prompts, strict=True)
+        ]
+        open_items = [i for i, verdict in enumerate(correct) if verdict is None]
+        # Short ones first: should the batch's time run out, then on the answers that look least like one.
+        deadline = time.monotonic() + BATCH_SECONDS
+        for i in sorted(open_items, key=lambda i: len(finals[i].text or finals[i].context)):
+            correct[i] = self._symbolic(_to_ask(finals[i], truths[i]), truths[i], deadline)
+        with self._lock:
+            self.counts.judged += len(finals)
+            self.counts.extracted += sum(bool(f.values) for f in finals)
+            self.counts.fast += sum(bool(f.values) for f in finals) - sum(bool(finals[i].values) for i in open_items)
+        verdicts = []
+        for final, right in zip(finals, correct, strict=True):
+            reward = self.correct_reward if right else self.format_reward if final.marked and final.values else 0.0
+            verdicts.append({"correct": bool(right), "reward": reward, "parsed_answer": final.text})
+        return verdicts
+
+    def _symbolic(self, answers: list[str], truth: str, deadline: float) -> bool:
+        """Whether Math-Verify finds one of the answers equal; each is asked once, and none after one that broke a limit."""
+        outcome = Outcome.DIFFERENT
+        for answer in answers:
+            key = (answer, truth)
+            with self._lock:
+                known = self._cache.get(key)
+            if known is not None:
+                outcome = known
+            elif time.monotonic() < deadline:
+                outcome = self._worker.ask(_as_latex(answer), _as_latex(truth), deadline)
+                if time.monotonic() < deadline:  # otherwise it had less time than it is due
+                    with self._lock:
+                        self._cache[key] = outcome
+                        if len(self._cache) > MAX_CACHED:
+                            self._cache.popitem(last=False)
+            else:
+                outcome = Outcome.BROKE_LIMIT
+            if outcome is not Outcome.DIFFERENT:
+                break
+        with self._lock:
+            self.counts.symbolic += bool(answers) and outcome is not Outcome.BROKE_LIMIT
+            self.counts.timeouts += outcome is Outcome.BROKE_LIMIT
+        return outcome is Outcome.EQUAL
+
+    def metrics(self) -> dict[str, float]:
+        """verifier/... : how the answers since the last call were settled. The counts begin again at zero."""
+        with self._lock:
+            counts, self.counts = self.counts, VerifierCounts()
+        counts.restarts, self._worker.restarts = self._worker.restarts, 0
+        names = ("fast", "symbolic", "timeouts", "restarts")
+        return {f"verifier/{name}": float(getattr(counts, name)) for name in names} | {
+            "verifier/extracted_frac": counts.extracted / max(counts.judged, 1)
+        }
+
+
+def _compare(final: FinalAnswer, truth: str, prompt: str) -> bool | None:
+    """Whether an answer is the truth, where numbers and text can tell; None where an expression has to be compared."""
+    if not truth:
+        return False
+    if _is_words(truth) and not final.marked and _ends_in(final.context, truth):
+        return True
+    plain = _true_number(truth) is not None or _time(truth) or _is_words(truth) or _choice(truth)
+    expression = not plain
+    if len(final.values) != 1:
+        return None if expression and final.context else False
+    verdict = _compare_one(final.values[0], truth, prompt)
+    return None if verdict is False and expression and final.context else verdict
+
+
+def _compare_one(answer: str, truth: str, prompt: str) -> bool | None:
+    if len(answer) > MAX_ANSWER_CHARS:
+        return False
+    if _time(truth) is not None and _time(answer) is not None:
+        return _same_time(_time(answer), _time(truth))
+    b = _true_number(truth)
+    if b is not None:  # B) 12
+        answer = re.sub(r"^\(?[A-J][).:]\s{1,3}(?=\S)", "", answer)
+    a = read_number(answer)
+    if a is not None and b is not None:
+        return same_number(a, b) and not _repeats(answer, prompt)
+    if a is not None and (decimal := read_number(truth)) is not None and same_number(a, decimal):
+        return True  # 1,22 is 1.22 after all
+    if normalised(answer) == normalised(truth):
+        return b is None or not _repeats(answer, prompt)
+    choice = _choice(truth)
+    if choice:
+        return _choice(answer) == choice
+    if _is_words(answer) or _is_words(truth):
+        return False
+    if re.search(r"\d\s+\d", unwrap(answer)):
+        return False  # several numbers, which Math-Verify would join to one
+    if b is not None and (_unevaluated(answer) or _not_closed(answer)):
+        return False
+    return None
+
+
+def _to_ask(final: FinalAnswer, truth: str) -> list[str]:
+    """What Math-Verify compares with the truth: the answer, then, where the truth is no number, what it finds by itself."""
+    asked = list(final.values) if len(final.values) == 1 and not _is_words(final.values[0]) else []
+    if final.context and _true_number(truth) is None:
+        asked.append(final.context)
+    return [a for a in asked if not _too_large(a) and not _too_large(truth)]
+
+
+def _true_number(truth: str) -> Number | None:
+    """The number that a truth is. 2,3 is two numbers here: a data set writes a list like that, and a decimal with a point."""
+    return None if re.search(r"\d,\d{1,2}(?!\d)", truth) else read_number(truth)
+
+
+def _time(answer: str) -> tuple[int, int, str] | None:
+    """Hour, minute and a, p or nothing of a time of day."""
+    found = re.fullmatch(r"(\d{1,2})(?::(\d\d))?\s?(?:([ap])\.?m\.?)?", unwrap(answer).lower())
+    if not found or not (found[2] or found[3]):
+        return None
+    return int(found[1]), int(found[2] or 0), found[3] or ""
+
+
+def _same_time(a: tuple[int, int, str], b: tuple[int, int, str]) -> bool:
+    return a[:2] == b[:2] and (not a[2] or not b[2] or a[2] == b[2])
+
+
+def _ends_in(text: str, word: str) -> bool:
+    """Whether unmarked text concludes with a word: "Therefore f is odd." """
+    last = re.escape(unwrap(word))
+    return bool(re.search(rf"\b(?:is|are|be|:)\s(?:an?\s|the\s)?\W{{0,8}}{last}\W{{0,5}}$", text.strip()[-200:], re.IGNORECASE))
+
+
+def _repeats(answer: str, prompt: str) -> bool:
+    """Whether an answer with a sign of calculation stands in the question like that: 20/4 for "What is 20 / 4?"."""
+    squeezed = re.sub(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r"\1/\2", re.sub(r"\s", "", clean(answer)))
+    return bool(re.search(r"\d[-+*/^]\d", squeezed)) and squeezed in re.sub(r"\s", "", clean(prompt[:10_000]))
+
+
+def _unevaluated(answer: str) -> bool:
+    """Whether an answer is arithmetic that is left to do: 5 + 3, 2 \\times 4, 2^3 - 1."""
+    bare = re.sub(r"\\(?:times|cdot|div)", "*", unwrap(answer))
+    return bool(re.fullmatch(r"[\d\s.,+*/x×()^{}-]+", bare)) and bool(re.search(r"[\d)]\s*[-+*/x×^]\s*[\d({]", bare))
+
+
+def _not_closed(answer: str) -> bool:
+    """Whether an answer has words, or nothing that has a value: it cannot be the same as a number."""
+    formula = re.sub(r"\\text\{[^{}]*\}|\\[A-Za-z]+", "", answer)
+    return bool(re.search(r"[A-Za-z]{2,}|:", formula)) or not re.search(r"\d|\\pi|\\frac|\\sqrt|\\infty", answer)
+
+
+def _is_words(answer: str) -> bool:
+    """Plain words, with neither digits nor LaTeX: yes, Tuesday, north-east."""
+    return bool(re.fullmatch(r"[^\W\d_]{2,}(?:[\s'-]+[^\W\d_]+){0,12}", unwrap(answer)))
+
+
+def _choice(answer: str) -> str | None:
+    """The letter of a multiple-choice answer: B, (B), B) 12."""
+    found = re.match(r"\(?([A-J])(?:[).:]*$|[).:]\s)", unwrap(answer))
+    return found[1] if found else None
+
+
+def _too_large(answer: str) -> bool:
+    """Towers, factorials and numbers that no honest answer has and that can take for ever to compute."""
+    if re.search(r"\d{60}", answer) or answer.count("^") + answer.count("**") > 8 or answer.count("{") > 60:
+        return True
+    nested, open_braces = 0, []
+    for brace in re.findall(r"\^\s?\{|\{|\}", answer):
+        if brace == "}":
+            if open_braces:
+                nested -= open_braces.pop()
+        else:
+            open_braces.append(brace[0] == "^")
+            nested += open_braces[-1]
+            if nested > 2:
+                return True  # an exponent of an exponent of an exponent
+    squeezed = re.sub(r"[\s{}()]|\\left|\\right", "", answer)
+    return bool(
+        re.search(r"\d{4,}!|!!|\d!\^|\^\d+!", squeezed)
+        or re.search(r"(?:\^|\*\*)[+-]?\d{5,}", squeezed)
+        or re.search(r"\d(?:\^|\*\*)\d+(?:\^|\*\*)\d", squeezed)
+        or re.search(r"\d+(?:\^|\*\*)\d{4,}", squeezed)
+    )
+
+
+def _as_latex(answer: str) -> str:
+    """Delimited, as Math-Verify wants it: a bare expression it mostly does not find."""
+    answer = clean(answer).strip()
+    if "$" in answer or "\\boxed" in answer or "\\(" in answer or "\\[" in answer:
+        return answer
+    return f"${answer}$"

@@ -1,99 +1,68 @@
-"""The rule verifier: a table of good, bad and hostile answers."""
+"""The rule verifier: labelled answers, hostile ones, and the process that it may kill."""
 
+import json
+import multiprocessing
+import os
+import pickle
+import resource
+import subprocess
+import sys
+import threading
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from src.math_verifier import MathVerifier, extract_answer, ground_truth_of, last_boxed, parse_number
+from src import math_verifier
+from src.answers import boxed, final_answer, read_number
+from src.math_verifier import MathVerifier, ground_truth_of
+from src.symbolic import Outcome, SymbolicWorker
+from tests.answer_table import RIGHT, WRONG
+from tests.conftest import ROOT
 
-RIGHT = [
-    ("8", "8"),
-    ("8.", "8"),
-    ("8.00", "8"),
-    ("The answer is 8.", "8"),
-    ("**8**", "8"),
-    ("The answer is **8**.", "8"),
-    ("5 + 3 = 8", "8"),
-    ("#### 8", "8"),
-    ("#### 8.", "8"),
-    ("She has 8 apples.", "8"),
-    ("8 apples", "8"),
-    (r"\boxed{8}", "8"),
-    (r"so it is $\boxed{8}$.", "8"),
-    (r"first \boxed{7}, then rather \boxed{8}", "8"),
-    ("<answer>8</answer>", "8"),
-    ("<answer> 8 </answer> and 9 more words", "8"),
-    (r"<answer>\boxed{8}</answer>", "8"),
-    ("I had 3, so 4. <answer>7</answer> no: <answer>8</answer>", "8"),
-    ("1,000", "1000"),
-    ("It costs $1,000.", "1000"),
-    (r"\$1,000.50", "1000.5"),
-    ("1000", "1,000"),
-    ("-3", "-3"),
-    ("−3", "-3"),
-    ("the result is -3.", "-3"),
-    ("0.5", "1/2"),
-    ("1/2", "0.5"),
-    (r"\boxed{\frac{1}{2}}", "0.5"),
-    (r"\boxed{\dfrac{3}{4}}", "3/4"),
-    (r"\boxed{8\text{ apples}}", "8"),
-    ("50%", "50"),
-    ("The answer is .5", "0.5"),
-    (r"\boxed{x^2+1}", "x^2 + 1"),
-    (r"\boxed{\left(3, 4\right)}", "(3,4)"),
-    ("#### 1,234,567", "1234567"),
-    ("<answer>3 1/2</answer>", "3.5"),
-    ("<answer>-3 1/2</answer>", "-7/2"),
-    ("<answer>1 / 2</answer>", "0.5"),
-    ("<answer>- 3</answer>", "-3"),
-    ("8", "She has 3 + 5 = 8 apples.\n#### 8"),
-]
-
-WRONG = [
-    ("", "8"),
-    ("no number here", "8"),
-    ("9", "8"),
-    ("The answer is 18.", "8"),
-    ("-8", "8"),
-    ("8.5", "8"),
-    ("0.8", "8"),
-    ("8 or 9", "8"),
-    ("<answer>7 or 8</answer>", "8"),
-    (r"8, no: \boxed{9}", "8"),
-    (r"\boxed{}", "8"),
-    (r"\boxed{8", "9"),
-    ("#### 8 and then #### 9", "8"),
-    ("1,000,8", "1000"),
-    ("1/0", "0"),
-    ("<answer>7 8</answer>", "78"),
-    ("<answer>31/2</answer>", "3 1/2"),
-    (r"\boxed{\frac{1}{0}}", "0"),
-    ("9^9^9^9", "8"),
-    ("__import__('os').system('true')", "0"),
-    (r"\boxed{__import__('os')}", "0"),
-    ("eight", "8"),
-    (r"\boxed{x}", "8"),
-    (r"\boxed{8}", "x"),
-]
+POISON = r"\boxed{9^{9^{9^{9}}}}"
+EXPRESSION = r"\boxed{(x+1)^2}", "x^2+2x+1"  # what only Math-Verify can tell
 
 
-@pytest.mark.parametrize(("response", "truth"), RIGHT)
-def test_right_answers(response, truth):
-    assert MathVerifier().verify("q", response, truth)["correct"], extract_answer(response, "flexible")
+@pytest.fixture(scope="module")
+def verifier():
+    with MathVerifier() as it:
+        yield it
 
 
-@pytest.mark.parametrize(("response", "truth"), WRONG)
-def test_wrong_answers(response, truth):
-    assert not MathVerifier().verify("q", response, truth)["correct"], extract_answer(response, "flexible")
+def judge(verifier, completion, truth, question=""):
+    return verifier.verify(question, completion, truth)["correct"]
+
+
+@pytest.mark.parametrize("row", RIGHT, ids=lambda row: row[0][:40])
+def test_right_answers(verifier, row):
+    assert judge(verifier, *row), final_answer(row[0], "flexible", *row[2:])
+
+
+@pytest.mark.parametrize("row", WRONG, ids=lambda row: row[0][:40])
+def test_wrong_answers(verifier, row):
+    assert not judge(verifier, *row), final_answer(row[0], "flexible", *row[2:])
+
+
+def test_completions_of_the_embedded_model_are_judged_as_a_reader_judged_them(verifier):
+    """200 completions of SmolLM2-135M-Instruct in training, labelled by reading: accuracy 97 %, precision 99 %."""
+    rows = [json.loads(line) for line in (ROOT / "tests/generated_answers.jsonl").read_text().splitlines()]
+    verdicts = [judge(verifier, r["response"], r["truth"], r["question"]) for r in rows]
+    agree = sum(v == r["right"] for v, r in zip(verdicts, rows, strict=True))
+    right = sum(v and r["right"] for v, r in zip(verdicts, rows, strict=True))
+    assert len(rows) == 200
+    assert agree >= 0.97 * len(rows)
+    assert right >= 0.99 * sum(verdicts)
 
 
 def test_strict_takes_marked_answers_only():
     strict = MathVerifier("strict")
-    assert not strict.verify("q", "The answer is 8.", "8")["correct"]
+    for unmarked in ("The answer is 8.", "8", "5 + 3 = 8"):
+        assert strict.verify("q", unmarked, "8") == {"correct": False, "reward": 0.0, "parsed_answer": None}
     for marked in ("#### 8", r"\boxed{8}", "<answer>8</answer>"):
-        assert strict.verify("q", marked, "8")["correct"]
+        assert judge(strict, marked, "8")
 
 
 def test_rewards():
@@ -101,14 +70,15 @@ def test_rewards():
     assert verifier.verify("q", "#### 8", "8") == {"correct": True, "reward": 2.0, "parsed_answer": "8"}
     assert verifier.verify("q", "#### 9", "8") == {"correct": False, "reward": 0.25, "parsed_answer": "9"}
     assert verifier.verify("q", "9", "8") == {"correct": False, "reward": 0.0, "parsed_answer": "9"}
-    assert verifier.verify("q", "none", "8") == {"correct": False, "reward": 0.0, "parsed_answer": None}
+    assert verifier.verify("q", "nothing to be found in here", "8") == {"correct": False, "reward": 0.0, "parsed_answer": None}
+    assert verifier.verify("q", "<answer>7 or 8</answer>", "8") == {"correct": False, "reward": 0.0, "parsed_answer": None}
 
 
-def test_batch_is_verify_one_by_one_and_keeps_lengths_honest():
-    responses, truths = zip(*RIGHT, *WRONG, strict=True)
-    verifier = MathVerifier()
-    one_by_one = [verifier.verify("q", r, t) for r, t in zip(responses, truths, strict=True)]
-    assert verifier.verify_batch(["q"] * len(responses), list(responses), list(truths)) == one_by_one
+def test_batch_is_verify_one_by_one_and_keeps_lengths_honest(verifier):
+    rows = [(*row, "")[:3] for row in RIGHT[::3] + WRONG[::3]]
+    responses, truths, questions = map(list, zip(*rows, strict=True))
+    one_by_one = [verifier.verify(q, r, t) for r, t, q in rows]
+    assert verifier.verify_batch(questions, responses, truths) == one_by_one
     with pytest.raises(ValueError, match="zip"):
         verifier.verify_batch(["q"], ["8", "9"], ["8", "9"])
 
@@ -118,33 +88,265 @@ def test_unknown_method_is_refused():
         MathVerifier("fuzzy")
 
 
-def test_ground_truth_of_a_gsm8k_solution():
+def test_ground_truth_of_solutions():
     assert ground_truth_of("Natalia sold 48/2 = <<48/2=24>>24 clips.\n#### 72") == "72"
+    assert ground_truth_of(r"Hence the sum is $\boxed{\frac{1}{2}}$, as claimed.") == r"\frac{1}{2}"
     assert ground_truth_of(" 72 ") == "72"
 
 
-def test_last_boxed_matches_braces():
-    assert last_boxed(r"\boxed{a{b}{c}} \boxed{unclosed") == "a{b}{c}"
-    assert last_boxed("nothing") is None
+def test_boxes_have_matching_braces():
+    assert [content for content, _ in boxed(r"\boxed{a{b}{c}} \boxed{} \boxed{unclosed")] == ["a{b}{c}"]
+    assert boxed("nothing") == []
 
 
-@given(st.integers(-(10**9), 10**9), st.sampled_from(["{}", "{:,}", "${:,}", "{}.0", "{} apples", "**{}**", "= {}"]))
-def test_every_integer_in_every_dress_is_read(number, dress):
-    assert parse_number(dress.format(number)) == number
+def test_truths_that_no_answer_could_equal_are_found(verifier):
+    truths = ["8", "$1,000", "yes", "(B)", r"\frac{\sqrt{2}}{2}", "[1, 2)", "x^2 + 1", "3:30", "Paris, France"]
+    assert verifier.prepare(truths) == [None] * len(truths)
+    for bad in ("", "$", r"\frac{", "9^9^9^9", "7" * 400):
+        assert verifier.prepare([bad])[0], bad
+
+
+def test_counts_and_metrics():
+    with MathVerifier() as verifier:
+        completions = ["8", "The answer is 9.", "nothing to be found in here", *[EXPRESSION[0]] * 2]
+        verifier.verify_batch([""] * 5, completions, ["8", "8", "8", *[EXPRESSION[1]] * 2])
+        expected = {"fast": 2, "symbolic": 2, "timeouts": 0, "restarts": 0, "extracted_frac": 0.8}
+        assert verifier.metrics() == {f"verifier/{name}": value for name, value in expected.items()}
+        assert set(verifier.metrics().values()) == {0.0}
+
+
+# ------------------------------------------------------------------------------------------------------- properties
+
+
+DRESSES = ["{}", "{:,}", "${:,}", "{}.0", "{} apples", "**{}**", "$ {} $", r"\({}\)", r"\text{{{} apples}}", "`{}`", "{}/1"]
+SENTENCES = [
+    "The answer is {}.", "The final answer is {}", "Answer: {}", "**Answer:** {}", "So the answer is {}!", "It is {}.", "x = {}",
+    "<answer>{}</answer>", r"\boxed{{{}}}", "#### {}", "We get {}. Check: 1 + 1 = 2.",
+    "Therefore, the total is {}.\n\nQuestion: 1 + 1?",
+]  # fmt: skip
+
+
+@given(st.integers(-(10**9), 10**9), st.sampled_from(DRESSES[:-1]), st.sampled_from(SENTENCES))
+def test_every_integer_in_every_dress_and_sentence_is_accepted(number, dress, sentence):
+    text = sentence.format(dress.format(number))
+    assert MathVerifier().verify("q", text, str(number))["correct"], text
+    assert not MathVerifier().verify("q", text, str(number + 1))["correct"], text
+
+
+@given(st.fractions(min_value=-1000, max_value=1000, max_denominator=500), st.sampled_from(SENTENCES))
+def test_every_fraction_is_accepted_in_each_notation(value, sentence):
+    top, bottom = value.numerator, value.denominator
+    ways = [f"{top}/{bottom}", rf"\frac{{{top}}}{{{bottom}}}", rf"$\dfrac{{{top}}}{{{bottom}}}$"] if bottom > 1 else [str(top)]
+    if bottom > 1 and abs(value) > 1:
+        whole, rest = divmod(abs(top), bottom)
+        ways.append(f"{'-' if value < 0 else ''}{whole} {rest}/{bottom}")
+    for way in ways:
+        text = sentence.format(way)
+        assert MathVerifier().verify("q", text, f"{top}/{bottom}" if bottom > 1 else str(top))["correct"], text
+
+
+@given(st.decimals(min_value=-(10**6), max_value=10**6, places=2), st.sampled_from(SENTENCES))
+def test_every_amount_of_money_is_accepted(amount, sentence):
+    sign = "-" if amount < 0 else ""
+    text = sentence.format(f"{sign}${abs(amount):,}")
+    assert MathVerifier().verify("q", text, str(amount))["correct"], text
 
 
 @given(st.text(max_size=300))
 def test_any_text_is_judged_without_an_exception(text):
-    assert MathVerifier().verify("q", text, "8")["correct"] in (True, False)
+    assert MathVerifier().verify(text[:50], text, "8")["correct"] in (True, False)
 
 
-@pytest.mark.parametrize(
-    "hostile",
-    ["9" * 100_000, "\n" * 1_000_000, "\\boxed{" * 50_000, "<answer>" * 50_000, "1," * 100_000, "1/" * 100_000, " 1" * 200_000,
-     "8" + " a" * 100_000, "{" * 100_000],
-)  # fmt: skip
-def test_hostile_texts_cost_seconds_at_most(hostile):
-    started = time.process_time()
-    for text in (hostile, f"<answer>{hostile}</answer>", f"#### {hostile}", f"\\boxed{{{hostile}}}"):
-        MathVerifier().verify("q", text, "8")
-    assert time.process_time() - started < 20  # not a timing: quadratic patterns take hours here
+@given(st.lists(st.sampled_from(
+    ["8", "\\boxed{", "}", "<answer>", "</answer>", "#### ", "answer is ", " = ", " or ", "/", "^", "{", "(", ".", "\n", "$",
+     "\\frac", "-", ",", "½"]
+), max_size=40))  # fmt: skip
+def test_any_mixture_of_what_is_read_is_judged_without_an_exception(pieces):
+    MathVerifier().verify("What is 5 + 3?", "".join(pieces), "8")
+
+
+@given(st.integers(0, 999_999_999))
+def test_numbers_in_words_are_read(number):
+    def words(n):
+        small = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
+        small = [*small.split(), "seventeen", "eighteen", "nineteen"]
+        tens = ["_", "_", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+        if n < 20:
+            return small[n]
+        if n < 100:
+            return tens[n // 10] + (f"-{small[n % 10]}" if n % 10 else "")
+        for scale, name in ((10**6, "million"), (1000, "thousand"), (100, "hundred")):
+            if n >= scale:
+                return f"{words(n // scale)} {name}" + (f" {words(n % scale)}" if n % scale else "")
+
+    assert read_number(words(number)).value == number
+
+
+# ---------------------------------------------------------------------------------------------------------- hostile
+
+
+HOSTILE = {
+    "tower": "9**9**9**9", "latex tower": POISON, "issue 65": r"$1 + 2 \cdot 3^{4 \cdot 3^{4 \cdot 3^{4 \cdot 3^{4}}}}$",
+    "ten": r"\boxed{10^{10^{10}}}", "factorial": r"\boxed{100000000!}", "factorials": r"\boxed{((3!)!)!}",
+    "power": r"\boxed{(10^9)!}",
+    "braces": "{" * 100_000, "boxes of braces": "\\boxed{" + "{" * 50_000 + "}" * 50_000 + "}", "digits": "9" * 1_000_000,
+    "box of digits": "\\boxed{" + "9" * 1_000_000 + "}", "nul": "\x00" * 10_000, "surrogates": "\ud800\udfff" * 1000,
+    "injection": "__import__('os').system('exit 1')", "injection in a box": r"\boxed{__import__('os').system('exit 1')}",
+    "boxes": "".join(rf"\boxed{{{i}}}" for i in range(10_000)), "lines": "\n" * 1_000_000, "spaces": " " * 1_000_000,
+    "open boxes": "\\boxed{" * 50_000, "open tags": "<answer>" * 50_000, "commas": "1," * 100_000, "slashes": "1/" * 100_000,
+    "ones": " 1" * 200_000, "words": "8" + " a" * 100_000, "equals": "=" * 300_000, "cues": "the answer is " * 60_000,
+    "or": "7 or " * 100_000, "dashes": "-" * 300_000, "dollars": "$" * 300_000, "backslashes": "\\" * 300_000,
+    "fractions": "\\frac" * 100_000, "hashes": "#### " * 100_000, "questions": "Question: " * 100_000,
+    "number words": "one " * 100_000,
+    "superscripts": "²" * 200_000, "halves": "½" * 200_000, "powers": "2^" * 100_000, "marks": "?" * 200_000,
+    "brackets": "(a b c " * 50_000,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_texts_are_wrong_cost_little_and_do_no_harm(verifier, name):
+    """Against a number and against an expression. The limit is no timing: a quadratic pattern takes minutes here."""
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for dress in ("{}", "<answer>{}</answer>", "The answer is {}", "#### {}", r"\boxed{{{}}}"):
+        for truth in ("8", "x^2 + 1"):
+            started = time.monotonic()
+            assert not judge(verifier, dress.format(HOSTILE[name]), truth, "What is 5 + 3?")
+            assert time.monotonic() - started < 20
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 50 * 1024  # kB
+    assert judge(verifier, *EXPRESSION)
+
+
+def test_ten_poisons_past_the_gate_and_then_a_good_answer(monkeypatch):
+    monkeypatch.setattr(math_verifier, "_too_large", lambda answer: False)
+    with MathVerifier(item_seconds=0.5) as verifier:
+        poisons = [rf"\boxed{{{base}^{{9^{{9^9}}}}}}" for base in range(2, 12)]
+        for poison in poisons:
+            assert not judge(verifier, poison, r"\pi")
+        assert judge(verifier, *EXPRESSION)
+        metrics = verifier.metrics()
+        assert metrics["verifier/timeouts"] == metrics["verifier/restarts"] == 10
+        for poison in poisons:  # known by now
+            assert not judge(verifier, poison, r"\pi")
+        assert verifier.metrics()["verifier/restarts"] == 0
+
+
+def test_a_batch_has_a_deadline_and_short_answers_come_first(monkeypatch):
+    monkeypatch.setattr(math_verifier, "_too_large", lambda answer: False)
+    monkeypatch.setattr(math_verifier, "BATCH_SECONDS", 2.0)
+    with MathVerifier(item_seconds=1.0) as verifier:
+        verifier.prepare(["x"])
+        assert judge(verifier, *EXPRESSION)  # it has started
+        poisons = [rf"\boxed{{{base}^{{9^{{9^{{9^9}}}}}}}}" for base in range(2, 12)]
+        verdicts = verifier.verify_batch([""] * 11, [*poisons, r"\boxed{x+x}"], ["2x"] * 11)
+        assert [v["correct"] for v in verdicts] == [False] * 10 + [True]
+        assert verifier.metrics()["verifier/timeouts"] == 10
+
+
+# -------------------------------------------------------------------------------------------------------- processes
+
+
+def verdicts_here(_=None):
+    with MathVerifier() as verifier:
+        rows = [EXPRESSION, (r"\boxed{(x-1)^2}", EXPRESSION[1]), ("The answer is 8.", "8"), ("9", "8")]
+        return [judge(verifier, *row) for row in rows]
+
+
+def test_the_same_verdicts_from_a_thread_a_fork_and_a_spawned_process():
+    expected = [True, False, True, False]
+    assert verdicts_here() == expected
+    results = []
+    threads = [threading.Thread(target=lambda: results.append(verdicts_here())) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [expected] * 3
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(verdicts_here, (None,)) == expected
+
+
+def test_one_verifier_serves_threads_and_a_fork_gets_its_own_process(verifier):
+    assert judge(verifier, *EXPRESSION)
+    answers = []
+    threads = [
+        threading.Thread(target=lambda i=i: answers.append(judge(verifier, rf"\boxed{{x+{i}}}", f"{i}+x"))) for i in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == [True] * 8
+    child = os.fork()
+    if child == 0:  # no pytest in here: only the exit status counts
+        try:
+            good = judge(verifier, r"\boxed{y+1}", "1+y") and not judge(verifier, r"\boxed{y+2}", "1+y")
+            verifier.close()
+            os._exit(0 if good else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert judge(verifier, r"\boxed{z+1}", "1+z")  # the parent's process lives
+
+
+def test_a_copy_by_pickle_judges_alike():
+    with pickle.loads(pickle.dumps(MathVerifier("strict", format_reward=0.5))) as copy:
+        assert copy.verify("", r"\boxed{9}", "8")["reward"] == 0.5
+        assert judge(copy, *EXPRESSION)
+
+
+def children() -> set[int]:
+    return {int(pid) for pid in Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text().split()}
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="reads /proc")
+def test_no_child_is_left_after_closing():
+    before = children()
+    with MathVerifier(item_seconds=0.3) as verifier:
+        assert judge(verifier, *EXPRESSION)
+        assert len(children() - before) == 1
+        assert verifier._worker.ask("$9^{9^{9^{9}}}$", "$8$", time.monotonic() + 9) is Outcome.BROKE_LIMIT
+        assert len(children() - before) == 1  # the one that replaced it
+    assert children() == before
+
+
+def test_the_process_ends_itself_when_the_trainer_is_killed_in_mid_comparison(tmp_path):
+    """It computes a tower that holds Python's lock: only the alarm's default action can end it."""
+    script = (
+        "import os, sys, threading, time\n"
+        "from src.symbolic import SymbolicWorker\n"
+        "worker = SymbolicWorker(1.0)\n"
+        "assert worker.ask('$1$', '$1$', time.monotonic() + 60).value == 'true'\n"
+        "print(worker._process.pid, flush=True)\n"
+        "threading.Timer(0.3, lambda: os._exit(9)).start()\n"
+        "worker.ask('$9^{9^{9^{9}}}$', '$8$', time.monotonic() + 60)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    pid = int(done.stdout)
+    for _ in range(100):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return
+        if Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z":
+            return  # dead, and nobody's to bury in this container
+        time.sleep(0.1)
+    pytest.fail(f"process {pid} lives on")
+
+
+def test_the_process_does_not_import_torch_and_keeps_to_its_memory():
+    worker = SymbolicWorker()
+    try:
+        assert worker.ask("$x+1$", "$1+x$", time.monotonic() + 60) is Outcome.EQUAL
+        maps = Path(f"/proc/{worker._process.pid}/maps").read_text()
+        assert "sympy" in maps or "python" in maps
+        assert "torch" not in maps
+        limits = Path(f"/proc/{worker._process.pid}/limits").read_text()
+        assert str(2 * 2**30) in next(line for line in limits.splitlines() if line.startswith("Max address space"))
+    finally:
+        worker.close()
+
+
+def test_what_needs_no_symbols_starts_no_process():
+    verifier = MathVerifier()
+    verifier.verify_batch([""] * 3, ["The answer is 8.", "9", "yes"], ["8", "8", "8"])
+    assert verifier._worker._process is None
