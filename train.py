@@ -173,6 +173,9 @@ def main(
     if device != "auto" and not getattr(torch, device).is_available():
         raise InputError(f"--device {device}: PyTorch finds none on this machine; leave it at auto")
 
+    verifier = MathVerifier(verifier_method)
+    check_answers(verifier, problems + eval_problems)
+
     folder = choose_folder(output, run_name)
 
     accelerator = Accelerator(cpu=device == "cpu", log_with="wandb" if wandb_project else None)
@@ -211,8 +214,6 @@ def main(
     explore = dict(temperature=temperature, top_p=top_p)
 
     print("Loading reward model and math verifier...", flush=True)
-    verifier = MathVerifier(verifier_method)
-    verifier.prepare([p.answer for p in problems + eval_problems])
     reward_model = load_reward_model(reward_model_name, model_name, policy, run_device, compute_dtype)
 
     run = RunLog(folder, run_name is None, {**hyperparameters, "device": str(run_device), "compute_dtype": str(compute_dtype)})
@@ -230,7 +231,10 @@ def main(
         warmup_generator = torch.Generator(run_device).manual_seed(seed + 1)
         picked = [i % len(problems) for i in range(warmup_samples)]
         warmup = sample(policy, [prompt_ids[i] for i in picked], 1, generator=warmup_generator, **explore, **sampling)
-        scores = reward_model.score_texts([problems[i].question for i in picked], decode(tokenizer, warmup))
+        warmup_questions, warmup_texts = [problems[i].question for i in picked], decode(tokenizer, warmup)
+        verifier.verify_batch(warmup_questions, warmup_texts, [problems[i].answer for i in picked])
+        warn_of_unread_answers(verifier.metrics(), warmup_texts, verifier_method)
+        scores = reward_model.score_texts(warmup_questions, warmup_texts)
         scores = scores[scores.isfinite()]  # a score that failed is no bound
         if len(scores):
             min_rm, max_rm = scores.min().item(), scores.max().item()
@@ -288,6 +292,9 @@ def main(
         )  # fmt: skip
         advantages = compute_advantages(scores.rewards, group_size, advantage_scale)  # (B,)
         score_s = time.perf_counter() - phase_started
+        verifier_metrics = verifier.metrics()
+        if step == 0 and reward_model is None:  # there was no warmup to see it in
+            warn_of_unread_answers(verifier_metrics, completions, verifier_method)
         print_rollouts(questions, answers, scores, group_size, step)
 
         # Update: clipped policy-gradient steps over minibatches of train_batch_size completions.
@@ -307,7 +314,7 @@ def main(
         metrics |= reward_metrics(
             scores, advantages, group_size, reward_model.failed if reward_model else 0
         ) | completion_metrics(samples, scores)
-        metrics |= {"reward/sigma_bar": sigma_bar.mean, "optim/lr": step_lr}
+        metrics |= verifier_metrics | {"reward/sigma_bar": sigma_bar.mean, "optim/lr": step_lr}
         metrics |= {"time/rollout_s": rollout_s, "time/score_s": score_s, "time/update_s": update_s}
         metrics["time/step_s"] = time.perf_counter() - step_started
         run.metrics(step, metrics)
@@ -325,6 +332,7 @@ def main(
             print(f"saved {checkpoint}", flush=True)
 
     accelerator.end_training()
+    verifier.close()
     minutes = (time.perf_counter() - started) / 60
     change = f"; held-out accuracy {100 * accuracies[0]:.1f} % -> {100 * accuracies[-1]:.1f} %" if accuracies else ""
     print(f"done: {total_steps} steps in {minutes:.1f} minutes on {run_device.type}{change}; see {run.folder}", flush=True)
@@ -446,6 +454,18 @@ def read_prompts(data: str, flag: str) -> list[Problem]:
     return problems
 
 
+def check_answers(verifier: MathVerifier, problems: list[Problem]) -> None:
+    """Refuse problems whose answer no completion could ever equal.
+
+    Raises:
+        InputError: There is one.
+    """
+    reasons = verifier.prepare([p.answer for p in problems])
+    for problem, reason in zip(problems, reasons, strict=True):
+        if reason:
+            raise InputError(f"{problem.source}: its answer {problem.answer[:80]!r} cannot be compared with any: {reason}")
+
+
 def load_hub_data(data: str, flag: str) -> list[dict]:
     """Rows of hf:NAME[:CONFIG[:SPLIT]]; the config named "main" where there are several and none is given; split train."""
     import datasets
@@ -519,6 +539,17 @@ def load_reward_model(
 def decode(tokenizer: PreTrainedTokenizerBase, samples: Samples) -> list[str]:
     """Text of each completion, without special tokens."""
     return tokenizer.batch_decode(samples.completion_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def warn_of_unread_answers(verifier_metrics: dict[str, float], completions: list[str], method: str) -> None:
+    """Say so where the verifier found no final answer in any completion: all would be wrong, and nothing learned."""
+    if verifier_metrics["verifier/extracted_frac"] == 0:
+        wanted = "an <answer>, \\boxed{} or ####" if method == "strict" else "a final answer"
+        print(
+            f"warning: not one of the {len(completions)} first completions holds {wanted} that the verifier can read, for "
+            f"example {completions[0][-200:]!r}; see --system-prompt, --verifier-method and --max-new-tokens",
+            flush=True,
+        )
 
 
 def score(
@@ -700,7 +731,13 @@ def evaluate(
         tokens += sum(map(len, samples.completion_ids))
         finished += int(samples.finished.sum())
     n = len(problems)
-    return {"eval/accuracy": right / n, "eval/len_mean": tokens / n, "eval/truncated_frac": 1 - finished / n}
+    parsed = verifier.metrics()["verifier/extracted_frac"]  # and so begins the step's counts at zero
+    return {
+        "eval/accuracy": right / n,
+        "eval/len_mean": tokens / n,
+        "eval/truncated_frac": 1 - finished / n,
+        "eval/extracted_frac": parsed,
+    }
 
 
 def print_rollouts(questions: list[str], answers: list[str], scores: Scores, group_size: int, step: int) -> None:

@@ -144,7 +144,6 @@ def reward_metrics(scores: Scores, advantages: torch.Tensor, group_size: int, rm
         "reward/zero_std_frac": no_advantage.float().mean().item(),
         "reward/all_right_frac": rules.all(dim=1).float().mean().item(),
         "reward/all_wrong_frac": (rules == 0).all(dim=1).float().mean().item(),
-        "reward/parsed_frac": sum(v["parsed_answer"] is not None for v in scores.verdicts) / len(scores.verdicts),
     }
 
 

@@ -200,6 +200,29 @@ def test_a_reward_model_that_cannot_be_loaded_gives_one_warning_and_a_verifier_o
     assert {row["r_hat"] for row in rollouts_of(run)} <= {-0.5, 0.5}
 
 
+def test_answers_that_nothing_could_equal_are_refused_before_anything_loads(tiny, tmp_path):
+    data = tmp_path / "data.jsonl"
+    good = [{"question": "What is 1 + 1?", "answer": "2"}, {"question": "Expand (x+1)^2.", "answer": "x^2 + 2x + 1"}]
+    data.write_text("".join(json.dumps(r) + "\n" for r in [*good, {"question": "What is it?", "answer": "\\frac{"}]))
+    with pytest.raises(InputError, match=r"data.jsonl, line 3: its answer .*frac.* cannot be compared with any: it is neither"):
+        train.main(**tiny | dict(data=str(data), model_name="/nowhere"))
+
+
+@pytest.mark.parametrize("with_reward_model", [True, False])
+def test_completions_in_which_nothing_can_be_read_earn_a_warning_before_the_second_step(
+    tiny, reward_model_folder, capsys, with_reward_model
+):
+    reward_model = str(reward_model_folder) if with_reward_model else "none"
+    train.main(**tiny | dict(verifier_method="strict", reward_model_name=reward_model))  # random bytes hold no mark
+    lines = capsys.readouterr().out.splitlines()
+    warnings = [i for i, line in enumerate(lines) if line.startswith("warning: not one of the")]
+    assert len(warnings) == 1
+    assert "an <answer>, \\boxed{} or ####" in lines[warnings[0]]
+    assert warnings[0] < next(i for i, line in enumerate(lines) if line.startswith("0: kl="))
+    if with_reward_model:
+        assert warnings[0] < next(i for i, line in enumerate(lines) if line.startswith("training for"))
+
+
 def test_overlapping_bands_earn_a_warning(tiny, capsys):
     train.main(**tiny | dict(alpha=0.8, beta=0.5, max_steps=1))
     assert "bands overlap" in capsys.readouterr().out
