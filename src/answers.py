@@ -366,14 +366,15 @@ _FILLERS = (
     r"(?-i:[A-Z][a-z]{1,15}))\b){0,5}"
 )
 _VERBS = (
-    "is|are|was|were|been|equals?|gives?|gets|got|makes|made|leaves?|leaving|left|has|had|pay|spend|becomes?|totals?|remains?|costs?|"
+    "is|are|was|were|been|equals?|gives?|gets|got|makes|made|leaves?|leaving|left|has|had|becomes?|totals?|remains?|costs?|"
     "pays|paid|earns?|earned|needs?|spends|spent|saves?|saved|receives?|received|eats?|ate|sells?|sold|takes?|took|owns?|contains?|"
     "produces?|weighs?|travels?|walks?|runs?|reads?|buys|bought|obtains?|finds?|yields?|yielding|giving|making|totall?ing|"
     "equall?ing|so|therefore|thus|hence|total"
 )
 _STATED = re.compile(
-    r"(?:=|≈|->|→|\\approx|\\Rightarrow|(?<=[A-Za-z)])\*{0,2}:\*{0,2}|(?<!\bto )\b(?:have|be|get|make|buy)\b|"
-    rf"\b(?:{_VERBS}|comes? to|adds? up to|amounts? to|result(?:s|ing) in|(?:in|de)creas(?:es|ed) by|"
+    r"(?:=|≈|->|→|\\approx|\\Rightarrow|(?<=[A-Za-z)])\*{0,2}:\*{0,2}|\b(?:pay|spend)\b|(?<!\bto )\b(?:have|be|get|make|buy)\b|"
+    r"\b(?:profit|loss|cost|price|value|amount|average|area|perimeter|speed|length) of\b|"
+    rf"(?<!\bto )\b(?:{_VERBS}|comes? to|adds? up to|amounts? to|result(?:s|ing) in|(?:in|de)creas(?:es|ed) by|"
     r"(?:ends?|starts?|arrives?|leaves?|finish(?:es)?) at)\b[,:]?|"
     r"\b(?:it|that|there)'s\b)"
     + _FILLERS
@@ -389,7 +390,8 @@ _ASIDE = re.compile(  # what follows explains or checks an answer that has been 
     re.IGNORECASE,
 )
 _CONCLUSION = re.compile(r"(?:^|[.!\n])[\s*]{0,3}(?:so|therefore|thus|hence|in total|in conclusion|finally)\b", re.IGNORECASE)
-_SUPPOSED = re.compile(r"^\W{0,4}(?:if|suppose|had)\b|\b(?:would|could|might)\b", re.IGNORECASE)
+_SUPPOSED = re.compile(r"^\W{0,4}(?:suppose|had)\b|\bif\b|\b(?:would|could|might)\b", re.IGNORECASE)
+_PAIR = re.compile(r"\W{0,3}[\d.,]{1,20}(?:\s[a-z]{1,20}){0,2}\sand\s\W?\d")
 _GOES_ON = re.compile(
     r"=|\b(?:then|after|afterwards|now|next|finally|left|leaving|remain\w*|total\w*|altogether|so|answer|result|must|need\w*)\b",
     re.IGNORECASE,
@@ -625,6 +627,8 @@ def _called_the_answer(text: str, question: str) -> tuple[str | None, str | None
         return None, text[denied:]
     if len({normalised(v or "") for v in values}) > 2:
         return None, None  # it tries one after the other
+    if denied > place:
+        return _last_stated(text[denied:], question), None
     corrections = list(_RECONSIDERED.finditer(text, place))
     if corrections and values[-1]:
         after = text[corrections[-1].end() :]
@@ -664,6 +668,8 @@ def _last_stated(text: str, question: str) -> str | None:
     text = re.sub(r"(=\s{0,3}[^=\n≈]{1,40}?)\s{0,3}(?:≈|\\approx)\s{0,3}[-\d.,]+", r"\1", text)  # the exact of two
     stated = []  # what counts more, place, text behind the verb, the sentence up to it
     for m in _STATED.finditer(text):
+        if re.search(r"\b(?:sum|product|difference|quotient|total) of$", m[0].rstrip()) and _PAIR.match(m["rest"]):
+            continue  # "which is the sum of 10 boys and 14 girls"
         begins = max(text.rfind(". ", 0, m.start()), text.rfind("\n", 0, m.start())) + 1
         clause = text[begins : m.end()]
         stated.append((not _SUPPOSED.search(clause), m.end(), m["rest"], clause))
@@ -672,7 +678,9 @@ def _last_stated(text: str, question: str) -> str | None:
     # condition counts only where nothing else is stated.
     concluded = next((s for s in stated if s[0] and re.search(r"\b(?:so|therefore|thus|hence)\b", s[3], re.IGNORECASE)), None)
     if concluded and not _GOES_ON.search(text[concluded[1] + len(_sentence(concluded[2])) :]):
-        stated.insert(0, concluded)
+        last = _statement_value(_sentence(stated[0][2]), first=True)
+        if not (last and _alike(last, _statement_value(_sentence(concluded[2]), first=True) or "")):
+            stated.insert(0, concluded)
     if re.search(r"\b(?:might|could|may) (?:also |possibly |rather )?be\b[^.\n]{0,20}\d", text[-200:]) and len(stated) > 1:
         return None
     for _, _, rest, _ in stated[:6]:
@@ -808,6 +816,11 @@ def _statement_value(sentence: str, whole: bool = False, first: bool = False) ->
     if formula and read_number(formula[1]) is not None and "\\" not in sentence[:1]:
         return formula[1].strip()
     matches = list(NUMBER.finditer(sentence))
+    spelled = re.match(
+        rf"[^A-Za-z\d]{{0,5}}((?:negative |minus )?{NUMBER_WORDS})\b(?! and (?:a|one|two|three)\b)", sentence, re.IGNORECASE
+    )
+    if matches and spelled and read_words(spelled[1]):
+        return spelled[1]  # nine (9)
     if matches:
         m = matches[0]
         if m["number"] is not None or m["latex"] or m["mixed"]:

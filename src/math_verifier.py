@@ -225,11 +225,11 @@ def _compare_one(answer: str, truth: str, prompt: str) -> bool | None:
         answer = re.sub(r"^\(?[A-J][).:]\s{1,3}(?=\S)", "", answer)
     a = read_number(answer)
     if a is not None and b is not None:
-        return same_number(a, b) and not _repeats(answer, prompt)
+        return same_number(a, b) and not _repeats(answer, truth, prompt)
     if a is not None and (decimal := read_number(truth)) is not None and same_number(a, decimal):
         return True  # 1,22 is 1.22 after all
     if normalised(answer) == normalised(truth):
-        return b is None or not _repeats(answer, prompt)
+        return b is None or not _repeats(answer, truth, prompt)
     choice = _choice(truth)
     if choice:
         return _choice(answer) == choice
@@ -270,12 +270,19 @@ def _same_time(a: tuple[int, int, str], b: tuple[int, int, str]) -> bool:
 def _ends_in(text: str, word: str) -> bool:
     """Whether unmarked text concludes with a word: "Therefore f is odd." """
     last = re.escape(unwrap(word))
-    return bool(re.search(rf"\b(?:is|are|be|:)\s(?:an?\s|the\s)?\W{{0,8}}{last}\W{{0,5}}$", text.strip()[-200:], re.IGNORECASE))
+    return bool(
+        re.search(rf"\b(?:is|are|be|was|on|:)\s(?:an?\s|the\s)?\W{{0,8}}{last}\W{{0,5}}$", text.strip()[-200:], re.IGNORECASE)
+    )
 
 
-def _repeats(answer: str, prompt: str) -> bool:
-    """Whether an answer with a sign of calculation stands in the question like that: 20/4 for "What is 20 / 4?"."""
+def _repeats(answer: str, truth: str, prompt: str) -> bool:
+    """Whether an answer with a sign of calculation stands in the question like that, and is not how the truth is written.
+
+    20/4 for "What is 20 / 4?".
+    """
     squeezed = re.sub(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r"\1/\2", re.sub(r"\s", "", clean(answer)))
+    if squeezed == re.sub(r"\s", "", clean(truth)):
+        return False
     return bool(re.search(r"\d[-+*/^]\d", squeezed)) and squeezed in re.sub(r"\s", "", clean(prompt[:10_000]))
 
 

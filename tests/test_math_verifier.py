@@ -46,14 +46,23 @@ def test_wrong_answers(verifier, row):
     assert not judge(verifier, *row), final_answer(row[0], "flexible", *row[2:])
 
 
-def test_completions_of_the_embedded_model_are_judged_as_a_reader_judged_them(verifier):
-    """200 completions of SmolLM2-135M-Instruct in training, labelled by reading: accuracy 97 %, precision 99 %."""
-    rows = [json.loads(line) for line in (ROOT / "tests/generated_answers.jsonl").read_text().splitlines()]
+@pytest.mark.parametrize(
+    ("file", "category", "count"),
+    [
+        ("generated_answers", None, 200),  # completions of SmolLM2-135M-Instruct in training, labelled by reading
+        ("labelled_answers", "numeric", 336),  # written and labelled without sight of the verifier, in three rounds
+        ("labelled_answers", "chat", 350),
+        ("labelled_answers", "symbolic", 264),
+    ],
+)
+def test_completions_are_judged_as_a_reader_judged_them(verifier, file, category, count):
+    rows = [json.loads(line) for line in (ROOT / f"tests/{file}.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row.get("category") == category]
     verdicts = [judge(verifier, r["response"], r["truth"], r["question"]) for r in rows]
     agree = sum(v == r["right"] for v, r in zip(verdicts, rows, strict=True))
     right = sum(v and r["right"] for v, r in zip(verdicts, rows, strict=True))
-    assert len(rows) == 200
-    assert agree >= 0.97 * len(rows)
+    assert len(rows) == count
+    assert agree >= 0.97 * count
     assert right >= 0.99 * sum(verdicts)
 
 
