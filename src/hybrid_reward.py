@@ -13,7 +13,7 @@ Number = float | torch.Tensor
 
 
 def combine_hybrid_score(
-    verl_score: Number, rm_score: Number, min_rm: float, max_rm: float, eps: float, alpha: float, beta: float
+    verl_score: Number, rm_score: Number, min_rm: Number, max_rm: Number, eps: float, alpha: float, beta: float
 ) -> Number:
     """Place a reward-model score in the band of its verdict.
 
@@ -23,7 +23,7 @@ def combine_hybrid_score(
     Args:
         verl_score: The verifier's verdict, 1 = right; scalar or (B,).
         rm_score: The reward model's raw score; scalar or (B,).
-        min_rm, max_rm: Bounds of the reward model's scores, from the warmup.
+        min_rm, max_rm: Bounds of the reward model's scores: from the warmup, or one for each completion (`group_bounds`).
         eps: Keeps n finite when both bounds are equal.
         alpha, beta: Half-widths of the bands of wrong and of right answers.
 
@@ -35,12 +35,17 @@ def combine_hybrid_score(
     >>> combine_hybrid_score(0.0, 2.0, min_rm=0.0, max_rm=4.0, eps=0.0, alpha=0.5, beta=0.5)
     0.0
     """
-    n = (rm_score - min_rm) / (max_rm - min_rm + eps)
+    n = normalised_score(rm_score, min_rm, max_rm, eps)
     right = (1.0 - beta) + 2.0 * beta * n
     wrong = -alpha + 2.0 * alpha * n
     if isinstance(verl_score, torch.Tensor) or isinstance(n, torch.Tensor):
         return torch.where(torch.as_tensor(verl_score == 1), right, wrong)
     return right if verl_score == 1 else wrong
+
+
+def normalised_score(rm_score: Number, min_rm: Number, max_rm: Number, eps: float) -> Number:
+    """n of `combine_hybrid_score`, from 0 at the lower bound to just below 1 at the upper; scalar or (B,)."""
+    return (rm_score - min_rm) / (max_rm - min_rm + eps)
 
 
 def get_final_reward(
@@ -94,14 +99,34 @@ def tanh_weight(r_hat: Number, w_min: float = 0.5, w_max: float = 2.0) -> Number
     return w_min + (w_max - w_min) * (torch.tanh(r_hat**3) if isinstance(r_hat, torch.Tensor) else math.tanh(r_hat**3))
 
 
-def clamp_scores(rm_scores: torch.Tensor, min_rm: float, max_rm: float) -> tuple[torch.Tensor, torch.Tensor]:
+def clamp_scores(rm_scores: torch.Tensor, min_rm: Number, max_rm: Number) -> tuple[torch.Tensor, torch.Tensor]:
     """Hold scores within the calibrated bounds, so that no wrong answer can outrank a right one.
 
     Returns:
         The held scores (B,) and a (B,) bool that is true where a score was outside.
     """
-    held = rm_scores.clamp(min_rm, max_rm)
+    held = torch.clamp(rm_scores, torch.as_tensor(min_rm), torch.as_tensor(max_rm))
     return held, held != rm_scores
+
+
+def group_bounds(rm_scores: torch.Tensor, rule_rewards: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lowest and highest score among the completions of the same question and the same verdict (`--rm-bounds group`).
+
+    HERO's own bounds (section 3.1, "within verifier-defined groups"). Every band is then filled from end to end, whether its
+    scores differ much or by noise alone.
+
+    Args:
+        rm_scores, rule_rewards: (B,), the completions of a question side by side.
+        group_size: G.
+
+    Returns:
+        Two (B,) tensors.
+    """
+    scores, rules = rm_scores.view(-1, group_size), rule_rewards.view(-1, group_size)  # (Q, G)
+    alike = rules[:, :, None] == rules[:, None, :]  # (Q, G, G)
+    low = torch.where(alike, scores[:, None, :], torch.inf).amin(dim=2)
+    high = torch.where(alike, scores[:, None, :], -torch.inf).amax(dim=2)
+    return low.flatten(), high.flatten()
 
 
 @dataclass

@@ -119,8 +119,9 @@ class Scores:
     rule_rewards: torch.Tensor  # 1 = right, 0 = anything else
     rm_scores: torch.Tensor  # raw
     rm_clamped: torch.Tensor  # bool, the score was outside the warmup's bounds
+    n: torch.Tensor  # the score's place between the bounds, from 0 to 1
     sigma_u: torch.Tensor  # std of the group's scores
-    r_hat: torch.Tensor
+    r_hat: torch.Tensor  # the verdict alone or n alone where reward_mode is not hybrid
     weights: torch.Tensor
     rewards: torch.Tensor  # weights * r_hat
 
@@ -171,7 +172,8 @@ def rollout_rows(
     """One record per completion for rollouts.jsonl: the text and each part of its reward."""
     finished = samples.finished.tolist()
     parts = {
-        name: getattr(scores, name).tolist() for name in ("rm_scores", "rm_clamped", "sigma_u", "r_hat", "weights", "rewards")
+        name: getattr(scores, name).tolist()
+        for name in ("rm_scores", "rm_clamped", "n", "sigma_u", "r_hat", "weights", "rewards")
     }
     return [
         {
@@ -185,6 +187,7 @@ def rollout_rows(
             "parsed_answer": scores.verdicts[i]["parsed_answer"],
             "rm_score": parts["rm_scores"][i],
             "rm_clamped": parts["rm_clamped"][i],
+            "n": parts["n"][i],
             "sigma_u": parts["sigma_u"][i],
             "r_hat": parts["r_hat"][i],
             "weight": parts["weights"][i],

@@ -14,6 +14,7 @@ from src.hybrid_reward import (
     difficulty_weight,
     get_final_reward,
     get_our_final_reward,
+    group_bounds,
     tanh_weight,
 )
 
@@ -91,6 +92,20 @@ def test_once_clamped_no_wrong_answer_outranks_a_right_one(right, wrong, low, wi
 def test_unclamped_a_wrong_answer_can_outrank_a_right_one():
     """Why scores are clamped: the formula itself leaves its band outside the bounds."""
     assert combine_hybrid_score(0, 9.0, 0.0, 1.0, 0.01, 0.5, 0.5) > combine_hybrid_score(1, 0.5, 0.0, 1.0, 0.01, 0.5, 0.5)
+
+
+@given(st.lists(st.tuples(scores, st.booleans()), min_size=8, max_size=8))
+def test_group_bounds_are_those_of_question_and_verdict(rows):
+    rm = torch.tensor([r[0] for r in rows])
+    rules = torch.tensor([float(r[1]) for r in rows])
+    low, high = group_bounds(rm, rules, 4)
+    for i in range(8):
+        stratum = [rm[j].item() for j in range(i // 4 * 4, i // 4 * 4 + 4) if rules[j] == rules[i]]
+        assert (low[i].item(), high[i].item()) == (min(stratum), max(stratum))
+    r_hat = combine_hybrid_score(rules, rm, low, high, 0.01, 0.5, 0.5)
+    for q in (slice(0, 4), slice(4, 8)):
+        right, wrong = r_hat[q][rules[q] == 1], r_hat[q][rules[q] == 0]
+        assert not len(right) or not len(wrong) or right.min() >= wrong.max() - 1e-5
 
 
 def test_clamp_reports_what_was_outside():
