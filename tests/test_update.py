@@ -63,7 +63,7 @@ def step(policy, reference, samples, advantages, optimizer=None, master=None, **
     master = master or MasterWeights(policy, torch.float32)
     optimizer = optimizer or torch.optim.AdamW(master.parameters, lr=5e-6, weight_decay=0.0, fused=True)
     generator = torch.Generator().manual_seed(0)
-    return train.update(policy, reference, master, optimizer, samples, advantages, 4, generator, **SETTINGS | changes)
+    return train.update(policy, reference, None, master, optimizer, samples, advantages, 4, generator, **SETTINGS | changes)
 
 
 def gradient_of_a_step(policy, reference, samples, advantages, **changes):

@@ -1,0 +1,107 @@
+"""Training an adapter: the base stays as it is, the reference is the base, and what is saved is the adapter."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+import train
+from src.errors import InputError
+from src.models import MasterWeights, add_lora, frozen_copy
+from tests.conftest import make_policy
+from tests.test_train import metrics_of, rollouts_of
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_lora_run_saves_the_adapter_and_at_the_end_a_merged_model(tiny, policy_folder, reward_model_folder, capsys, dtype):
+    run = train.main(**tiny | dict(lora_rank=4, lr=1e-2, dtype=dtype, reward_model_name=str(reward_model_folder)))
+    assert "LoRA of rank 4" in capsys.readouterr().out
+    assert not (run / "step_2/model.safetensors").exists()
+    assert metrics_of(run)[0]["policy/updates"] == 2
+    base = AutoModelForCausalLM.from_pretrained(policy_folder, dtype=torch.float32)
+    ids = torch.tensor([[1, 20, 21, 22]])
+    before = base(ids).logits
+    adapted = PeftModel.from_pretrained(base, run / "step_2")(ids).logits
+    merged = AutoModelForCausalLM.from_pretrained(run / "merged", dtype=torch.float32)(ids).logits
+    assert (adapted - before).abs().max() > 1e-3
+    tolerance = dict(atol=1e-4, rtol=1e-4) if dtype == "float32" else dict(atol=0.1, rtol=0.05)
+    torch.testing.assert_close(merged, adapted, **tolerance)
+    assert json.loads((run / "config.json").read_text())["hyperparameters"]["lora_rank"] == 4
+
+
+def test_only_the_adapter_moves_and_only_it_has_master_weights():
+    policy = make_policy()
+    untouched = frozen_copy(policy)
+    add_lora(policy, 2)
+    master = MasterWeights(policy, torch.bfloat16)
+    trained = {name for name, p in policy.named_parameters() if p.requires_grad}
+    assert trained and all("lora_" in name for name in trained)
+    assert len(master.parameters) == len(trained)
+    assert all(p.dtype == torch.bfloat16 for p in policy.parameters())
+    weights = dict(policy.named_parameters())
+    for name, p in untouched.named_parameters():
+        now = weights.get(name, weights.get(name.replace(".weight", ".base_layer.weight")))
+        assert torch.equal(now, p.bfloat16()), name
+
+
+def test_the_reference_is_the_policy_without_its_adapter(tiny, reward_model_folder):
+    """On the first step the adapter changes nothing yet, so the KL term is 0; later it is not."""
+    settings = dict(lora_rank=4, lr=5e-2, max_steps=3, dtype="float32", train_batch_size=8)
+    run = train.main(**tiny | settings | dict(reward_model_name=str(reward_model_folder)))
+    kl = [row["policy/kl"] for row in metrics_of(run)]
+    assert kl[0] == pytest.approx(0, abs=1e-6)
+    assert kl[-1] > 1e-4
+
+
+def test_a_negative_rank_is_refused(tiny):
+    with pytest.raises(InputError, match="--lora-rank -1: must be at least 0"):
+        train.main(**tiny | dict(lora_rank=-1))
+
+
+# ----------------------------------------------------------------------------------------------- modes of the reward
+
+
+@pytest.mark.parametrize("rm_bounds", ["warmup", "group"])
+def test_reward_mode_rm_is_the_normalised_score(tiny, reward_model_folder, rm_bounds):
+    run = train.main(**tiny | dict(reward_model_name=str(reward_model_folder), reward_mode="rm", rm_bounds=rm_bounds))
+    rows = rollouts_of(run)
+    assert all(row["reward"] == row["r_hat"] == row["n"] and row["weight"] == 1 for row in rows)
+    assert all(0 <= row["n"] <= 1 for row in rows)
+    assert len({row["n"] for row in rows}) > 2
+    if rm_bounds == "group":
+        for start in range(0, len(rows), 4):
+            scores = [row["rm_score"] for row in rows[start : start + 4]]
+            spread = max(scores) - min(scores) + 0.01
+            expected = [(s - min(scores)) / spread for s in scores]
+            assert [row["n"] for row in rows[start : start + 4]] == pytest.approx(expected, abs=1e-5)
+
+
+def test_reward_mode_verifier_is_the_verdict_and_loads_no_reward_model(tiny, capsys):
+    run = train.main(**tiny | dict(reward_model_name="/nowhere", reward_mode="verifier"))
+    assert "the verifier alone decides (--reward-mode verifier)" in capsys.readouterr().out
+    assert all(row["reward"] == float(row["correct"]) for row in rollouts_of(run))
+
+
+def test_reward_mode_rm_without_a_reward_model_is_refused(tiny):
+    with pytest.raises(InputError, match="--reward-mode rm: there is no reward model"):
+        train.main(**tiny | dict(reward_mode="rm"))
+
+
+def test_a_score_that_failed_is_neutral_and_the_run_goes_on(tiny, reward_model_folder, monkeypatch):
+    from src.reward_model import AceRewardModel
+
+    whole = AceRewardModel._forward
+
+    def one_bad(self, encoded):
+        scores = whole(self, encoded)
+        scores[0] = torch.nan if len(encoded) % 2 else torch.inf
+        return scores
+
+    monkeypatch.setattr(AceRewardModel, "_forward", one_bad)
+    run = train.main(**tiny | dict(reward_model_name=str(reward_model_folder)))
+    assert metrics_of(run)[-1]["reward/rm_failed"] > 0
+    neutral = [row for row in rollouts_of(run) if abs(row["n"] - 0.5) < 0.05]
+    assert neutral
+    assert all(abs(row["r_hat"]) < 0.05 or abs(row["r_hat"] - 1) < 0.05 for row in neutral)  # the middle of its band
