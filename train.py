@@ -263,7 +263,9 @@ def main(
         warn_of_unread_answers(verifier.metrics(), warmup_texts, verifier_method)
         scores = reward_model.score_texts(warmup_questions, warmup_texts)
         scores = scores[scores.isfinite()]  # a score that failed is no bound
-        if len(scores):
+        if not len(scores):
+            print("warning: the reward model failed on every completion of the warmup; both bounds are 0", flush=True)
+        else:
             min_rm, max_rm = scores.min().item(), scores.max().item()
     print(f"RM bounds: min={min_rm:.4f}, max={max_rm:.4f}", flush=True)
 
@@ -359,6 +361,7 @@ def main(
             print(f"saved {checkpoint}", flush=True)
 
     if adapter:
+        master.restore(policy)
         print(f"saved {save_checkpoint(run.folder, 'merged', adapter.merge_and_unload(), tokenizer)}", flush=True)
     accelerator.end_training()
     verifier.close()
@@ -612,12 +615,12 @@ def score(
     rm_scores = torch.zeros(len(completions))
     if reward_model is not None:
         rm_scores = reward_model.score_texts(questions, completions)  # nan where it failed
-        rm_scores = rm_scores.nan_to_num(0.5 * (min_rm + max_rm))
     if rm_bounds == "warmup":
-        low, high = torch.tensor(min_rm), torch.tensor(max_rm)
+        low, high = torch.full_like(rm_scores, min_rm), torch.full_like(rm_scores, max_rm)
     else:
         strata = rule_rewards if reward_mode == "hybrid" else torch.zeros_like(rule_rewards)
         low, high = group_bounds(rm_scores, strata, group_size)
+    rm_scores = torch.where(rm_scores.isnan(), 0.5 * (low + high), rm_scores)
     held, rm_clamped = clamp_scores(rm_scores, low, high)
     n = normalised_score(held, low, high, eps)
     group_sigma = held.view(-1, group_size).std(dim=1)  # (Q,)

@@ -224,7 +224,7 @@ def unwrap(answer: str) -> str:
     while answer != previous:
         previous = answer
         answer = answer.strip().strip("*_`\"'").rstrip(".,;:? ").lstrip(":= ").strip()
-        if len(answer) > 1 and answer[0] == answer[-1] == "$":
+        if len(answer) > 1 and answer[0] == answer[-1] == "$" and "$" not in answer.strip("$"):
             answer = answer.strip("$")
         elif answer.endswith("$") and answer.count("$") == 1:
             answer = answer[:-1]
@@ -247,6 +247,9 @@ def read_number(answer: str) -> Number | None:
     answer = unwrap(answer)
     if not answer.isascii():
         answer = unwrap(clean(answer))
+    power = re.fullmatch(r"10\s?\^\s?(?:(\d{1,2})|\{(-?\d{1,2})\})", answer)
+    if power:
+        return Number(Fraction(10) ** int(power[1] or power[2]))
     if re.fullmatch(r"[-+]?\d{1,3}(?: \d{3}){1,5}(?:[.,]\d{1,9})?", answer):
         answer = answer.replace(" ", "")  # 1 000 000
     currency = next((name for sign, name in _CURRENCY.items() if sign in answer[:4]), "")
@@ -263,9 +266,9 @@ def read_number(answer: str) -> Number | None:
     percent = False
     unit = currency
     if rest:
-        scale = re.match(r"(hundred|thousand|million|billion)\b\s*", rest)
+        scale = re.match(r"(dozen|hundred|thousand|million|billion|trillion)\b\s*", rest)
         if scale:
-            value, rest = value * _SCALES[scale[1]], rest[scale.end() :]
+            value, rest = value * {**_SCALES, "dozen": 12, "trillion": 10**12}[scale[1]], rest[scale.end() :]
         elif re.match(r"[kK]\b", answer[end:]):
             value, rest = value * 1000, answer[end + 1 :].strip(" $")
     if rest:
@@ -276,7 +279,8 @@ def read_number(answer: str) -> Number | None:
         if after["unit"]:
             if re.search(
                 r"\b(or|and|to|not|maybe|perhaps|but|than|times|plus|minus|versus|vs|if|out|is|are|was|were|has|have|equals?|gives?|makes?|"
-                r"into|divided|multiplied|squared|cubed|more|less|because|so|which|that)\b",
+                r"into|divided|multiplied|factorial|over|doubled|tripled|below|above|lakh|crore|bn|mil|remainder|r|halves|thirds?|quarters?|"
+                r"fourths?|fifths?|sixths?|sevenths?|eighths?|ninths?|tenths?|hundredths?|thousandths?|squared|cubed|more|less|because|so|which|that)\b",
                 rest,
                 re.IGNORECASE,
             ):
@@ -310,7 +314,7 @@ def same_number(answer: Number, truth: Number) -> bool:
 
 def _rounded(a: Fraction, b: Fraction) -> bool:
     """Whether a is b rounded to five or more decimal places."""
-    if a == b or abs(a - b) > Fraction(1, 10**5):
+    if (a * 10**4).denominator == 1 or abs(a - b) > min(Fraction(1, 10**5), abs(b) / 10**4):
         return False
     for places in range(5, 31):
         if (a * 10**places).denominator == 1:
@@ -321,6 +325,7 @@ def _rounded(a: Fraction, b: Fraction) -> bool:
 # ----------------------------------------------------------------------------------------------------------------------
 # The final answer of a completion
 
+_SPELLED_SIGN = re.compile(r"(^|[:=]\s?|\b(?:is|was|be|equals|to|of)\s)(?:negative|minus) (?=\W{0,2}\d)", re.IGNORECASE)
 _TURN = re.compile(
     r"<\|[a-z_]{2,20}\|>|</s>|<s>|\[/?INST\]|<(?:start|end)_of_turn>|"
     r"(?:^|\n)[ \t]*(?:#{2,4}[ \t]*)?(?:\*\*)?(?:user|human|question|new question|next question|q|problem|instruction|exercise)"
@@ -336,7 +341,7 @@ _HEADING = re.compile(
     re.IGNORECASE,
 )
 _CORRECTION = re.compile(
-    r"\b(?:actually|wait|sorry|correction|corrected|mistake|incorrect|wrong|instead|rather|i meant|should be|"
+    r"\b(?:actually|wait|sorry|correction|corrected|mistake|incorrect|wrong|instead|rather|i meant|kidding|joking|should be|"
     r"or (?:maybe|perhaps|possibly|could|it|is it)|maybe|perhaps|alternatively|another (?:possible )?answer|also be|no,|not)\b",
     re.IGNORECASE,
 )
@@ -391,6 +396,19 @@ _ASIDE = re.compile(  # what follows explains or checks an answer that has been 
 )
 _CONCLUSION = re.compile(r"(?:^|[.!\n])[\s*]{0,3}(?:so|therefore|thus|hence|in total|in conclusion|finally)\b", re.IGNORECASE)
 _SUPPOSED = re.compile(r"^\W{0,4}(?:suppose|had)\b|\bif\b|\b(?:would|could|might)\b", re.IGNORECASE)
+_NOT_IT = re.compile(
+    r"(?:\bnot|n't|\b(?:less|more|greater|fewer) than|\bat (?:least|most)|\bhalf of|\bdouble|\btwice|\broot(?: of)?|±|\\pm)"
+    r"[\s$*]*$",
+    re.IGNORECASE,
+)
+_TURNED = re.compile(  # 8 = 5 + 3
+    r"(?<![-+*/=×x][ ])(?<!\S)(\d[\d.,]{0,20}) ?= ?(\d{1,20}(?: ?[-+*/×x] ?\d{1,20}){1,5})(?![\d]| ?[-+*/=×x])"
+)
+_NO_UNIT = re.compile(
+    r"\s((?:factorial|over|doubled|tripled|squared|cubed|lakh|crore|bn|mil|halves|(?:third|quarter|fourth|fifth|sixth|seventh|eighth"
+    r"|ninth|tenth|hundredth|thousandth)s?))\b",
+    re.IGNORECASE,
+)
 _PAIR = re.compile(r"\W{0,3}[\d.,]{1,20}(?:\s[a-z]{1,20}){0,2}\sand\s\W?\d")
 _GOES_ON = re.compile(
     r"=|\b(?:then|after|afterwards|now|next|finally|left|leaving|remain\w*|total\w*|altogether|so|answer|result|must|need\w*)\b",
@@ -442,6 +460,9 @@ def final_answer(text: str, method: str, question: str = "") -> FinalAnswer:
     text = _own_turn(text)[-MAX_TEXT_CHARS:]
     # Runs of spaces are shortened, or patterns that begin with some would try each of them as the beginning.
     text = re.sub(r"\s{3,}", lambda run: "\n\n" if "\n" in run[0] else "  ", clean(text))
+    text = _SPELLED_SIGN.sub(lambda m: m[1] + "-", text)
+    text = re.sub(r"-\s?(\$|\*\*)(?=\d)", r"\1-", text)
+    text = re.sub(r"\b(\d{1,9}) and (?:a|one)[ -](half|quarter)\b", lambda m: f"{m[1]} 1/{_PARTS[m[2]]}", text)
     text = re.sub(r"\$?\b(\d{1,9}) dollars? and (\d\d) cents?\b", r"$\1.\2", text)
     marks = _marks(text)
     if marks:
@@ -460,11 +481,9 @@ def final_answer(text: str, method: str, question: str = "") -> FinalAnswer:
 
 def _own_turn(text: str) -> str:
     """The completion up to where it goes on to speak for the user or to put another question."""
-    for match in _TURN.finditer(text):
-        before = text[max(0, match.start() - MAX_TEXT_CHARS) : match.start()]
-        if re.search(r"\d|</answer>|\\boxed", before, re.IGNORECASE):
-            return text[: match.start()]
-    return text
+    answered = re.search(r"\d|</answer>|\\boxed", text, re.IGNORECASE)
+    turn = _TURN.search(text, answered.end()) if answered else None
+    return text[: turn.start()] if turn else text
 
 
 def _marks(text: str) -> list[tuple[str, int]]:
@@ -541,10 +560,20 @@ def _committed(content: str) -> str | None:
     """The one value of the content of a mark; None where it weighs several."""
     nested = _marks(content)
     if nested:
+        if any(not _alike(nested[-1][0], other) for other, _ in nested):
+            return None
         content = nested[-1][0]
     content = content.strip()
     if read_number(content) is not None:
         return content
+    if (
+        len(NUMBER.findall(content)) == 1
+        and re.search(r"(?<![\\A-Za-z])[A-Za-z]{2,}", _WRAPPERS.sub("", content))
+        and not _HEDGE.search(content)
+    ):
+        value = _statement_value(content)  # Tom has 8 apples.
+        if value and read_number(value):
+            return value
     label = _ANSWER_IS.search(content)
     if label and label.end("rest") == len(content):
         content = label["rest"].strip()
@@ -596,6 +625,7 @@ def _without_asides(text: str, question: str) -> str:
         text = text.replace(question.strip(), " ")
     text = re.sub(r"[^.!?\n]{0,400}\?(?=\s|$)", " ", _TAG.sub(" ", text))
     text = _WRAPPERS.sub(r" \1 ", text)
+    text = _TURNED.sub(r"\2 = \1", text)
     first_number = NUMBER.search(text)
     if first_number is None or _bare(text):
         return text
@@ -670,7 +700,8 @@ def _last_stated(text: str, question: str) -> str | None:
     for m in _STATED.finditer(text):
         if re.search(r"\b(?:sum|product|difference|quotient|total) of$", m[0].rstrip()) and _PAIR.match(m["rest"]):
             continue  # "which is the sum of 10 boys and 14 girls"
-        begins = max(text.rfind(". ", 0, m.start()), text.rfind("\n", 0, m.start())) + 1
+        near = max(0, m.start() - 300)  # a sentence that is longer is not looked at whole, or the time would be quadratic
+        begins = max(text.rfind(". ", near, m.start()) + 1, text.rfind("\n", near, m.start()) + 1, near)
         clause = text[begins : m.end()]
         stated.append((not _SUPPOSED.search(clause), m.end(), m["rest"], clause))
     stated.sort(key=lambda s: s[:2], reverse=True)
@@ -694,6 +725,7 @@ def _last_stated(text: str, question: str) -> str | None:
         return None
     tail = text[-4000:]
     numbers = [m for m in NUMBER.finditer(tail) if not re.search(r"[\^_]\{?$|\d:$", tail[max(0, m.start() - 2) : m.start()])]
+    numbers = [m for m in numbers if not _NOT_IT.search(tail[max(0, m.start() - 20) : m.start()])]
     if numbers and not _is_list(text):
         return _with_unit(tail, numbers[-1])
     if not numbers:
@@ -793,6 +825,10 @@ def _statement_value(sentence: str, whole: bool = False, first: bool = False) ->
         sentence = exact
     sides = re.split(r"(?<![<>!=\\])=(?!=)|≈|\\approx|\\Rightarrow", sentence)
     if len(sides) > 1:
+        first_side = sides[0].strip()
+        left_to_do = re.fullmatch(r"[\s\d.]*\d\s?[-+*/×x]\s?[\s\d.+*/×x-]*[\s.]*", sides[-1])
+        if left_to_do and len(sides) == 2 and read_number(first_side):  # 8 = 5 + 3
+            return first_side
         sentence, first = sides[-1], True
     else:
         tail = None
@@ -823,6 +859,8 @@ def _statement_value(sentence: str, whole: bool = False, first: bool = False) ->
         return spelled[1]  # nine (9)
     if matches:
         m = matches[0]
+        if _NOT_IT.search(sentence[: m.start()]):
+            return None
         if m["number"] is not None or m["latex"] or m["mixed"]:
             if _OPERATOR_AFTER.match(sentence, m.end()):
                 return unwrap(sentence)[:MAX_ANSWER_CHARS] or None  # arithmetic that is left to do
@@ -848,6 +886,9 @@ def _with_unit(sentence: str, match: re.Match) -> str:
     """The number with the percent sign or the unit of measure behind it."""
     number = match[0].strip().rstrip(",")
     after = sentence[match.end() : match.end() + 24]
+    no_unit = _NO_UNIT.match(after)
+    if no_unit:
+        return f"{number} {no_unit[1]}"
     percent = re.match(r"\s?(?:\\?%|percent\b|per cent\b)", after)
     if percent:
         return number + "%"

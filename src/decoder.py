@@ -88,7 +88,7 @@ class LlamaDecoder:
         if config.rope_parameters["rope_type"] not in FIXED_ROTARY:
             return False
         projections = [m for name, m in model.named_modules() if name.endswith(("_proj", "lm_head"))]
-        return all(type(m) is nn.Linear or _is_lora(m) for m in projections)
+        return all(type(m) is nn.Linear for m in projections)  # an adapter, added to rounded weights, would mostly be lost
 
     def __init__(self, model: PreTrainedModel, rows: int, columns: int):
         config, inner = model.config, model.model
@@ -180,20 +180,7 @@ def _read(model: PreTrainedModel, prompt_ids: list[list[int]], pad_id: int) -> t
     return cache, out.logits[:, -1], mask
 
 
-def _is_lora(module: nn.Module) -> bool:
-    """Whether a module is peft's LoRA around a plain linear layer."""
-    return hasattr(module, "get_delta_weight") and type(module.base_layer) is nn.Linear
-
-
-def _weight(module: nn.Module) -> torch.Tensor:
-    """A linear layer's weights (out, in), with its adapter's part where it has one."""
-    if type(module) is nn.Linear:
-        return module.weight
-    parts = [module.get_delta_weight(name) for name in module.active_adapters]
-    return (module.base_layer.weight.float() + sum(p.float() for p in parts)).to(module.base_layer.weight.dtype)
-
-
-def _linear(rows: int, *parts: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+def _linear(rows: int, *parts: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
     """Linear layers of one input as one function, their outputs side by side.
 
     In bfloat16 the weights are joined and brought into the layout that oneDNN's kernel wants, the operation that
@@ -202,7 +189,7 @@ def _linear(rows: int, *parts: nn.Module) -> Callable[[torch.Tensor], torch.Tens
     """
     bias = torch.cat([p.bias for p in parts]) if parts[0].bias is not None else None
     if parts[0].weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        packed = torch.ops.mkldnn._reorder_linear_weight(torch.cat([_weight(p) for p in parts]).detach(), rows)
+        packed = torch.ops.mkldnn._reorder_linear_weight(torch.cat([p.weight for p in parts]).detach(), rows)
         return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
     if len(parts) == 1:
         return parts[0]

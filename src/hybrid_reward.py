@@ -116,7 +116,7 @@ def group_bounds(rm_scores: torch.Tensor, rule_rewards: torch.Tensor, group_size
     scores differ much or by noise alone.
 
     Args:
-        rm_scores, rule_rewards: (B,), the completions of a question side by side.
+        rm_scores, rule_rewards: (B,), the completions of a question side by side; scores that are nan are left out.
         group_size: G.
 
     Returns:
@@ -124,9 +124,11 @@ def group_bounds(rm_scores: torch.Tensor, rule_rewards: torch.Tensor, group_size
     """
     scores, rules = rm_scores.view(-1, group_size), rule_rewards.view(-1, group_size)  # (Q, G)
     alike = rules[:, :, None] == rules[:, None, :]  # (Q, G, G)
-    low = torch.where(alike, scores[:, None, :], torch.inf).amin(dim=2)
-    high = torch.where(alike, scores[:, None, :], -torch.inf).amax(dim=2)
-    return low.flatten(), high.flatten()
+    alike = alike & ~scores.isnan()[:, None, :]
+    low = torch.where(alike, scores[:, None, :], torch.inf).amin(dim=2).flatten()
+    high = torch.where(alike, scores[:, None, :], -torch.inf).amax(dim=2).flatten()
+    nothing = low > high
+    return low.masked_fill(nothing, 0.0), high.masked_fill(nothing, 0.0)
 
 
 @dataclass

@@ -121,6 +121,8 @@ class MathVerifier:
             return None
         if _too_large(truth):
             return "it is too large to be computed with"
+        if not re.search(r"[\\^{}_]", truth) and re.search(r"\w|[<>=+-]", truth):
+            return None  # text that is compared as it stands, if Math-Verify should not read it: U.S., true/false, <
         deadline = time.monotonic() + BATCH_SECONDS
         readable = self._worker.ask("", _as_latex(truth), deadline) is Outcome.EQUAL
         if not readable and self._worker.ask("$1$", "$1$", deadline) is not Outcome.EQUAL:
@@ -293,9 +295,10 @@ def _unevaluated(answer: str) -> bool:
 
 
 def _not_closed(answer: str) -> bool:
-    """Whether an answer has words, or nothing that has a value: it cannot be the same as a number."""
-    formula = re.sub(r"\\text\{[^{}]*\}|\\[A-Za-z]+", "", answer)
-    return bool(re.search(r"[A-Za-z]{2,}|:", formula)) or not re.search(r"\d|\\pi|\\frac|\\sqrt|\\infty", answer)
+    """Whether an answer has anything that a number is not written with: Math-Verify reads what it knows and drops the rest."""
+    formula = re.sub(r"^[A-Za-z]\s?=\s?", "", unwrap(answer))
+    formula = re.sub(r"\\(?:[dt]?frac|sqrt(?:\[\d\])?|pi|cdot|times|div|left|right|[,!; ])", " ", formula)
+    return not re.fullmatch(r"[\d\s.+*/^(){}-]*", formula) or bool(re.search(r"\^\s?-|//|\.\.|\^\s?\^", formula))
 
 
 def _is_words(answer: str) -> bool:
@@ -306,7 +309,7 @@ def _is_words(answer: str) -> bool:
 def _choice(answer: str) -> str | None:
     """The letter of a multiple-choice answer: B, (B), B) 12."""
     found = re.match(r"\(?([A-J])(?:[).:]*$|[).:]\s)", unwrap(answer))
-    return found[1] if found else None
+    return found[1] if found and not re.search(r"\b[A-J]\)", unwrap(answer)[found.end() :]) else None
 
 
 def _too_large(answer: str) -> bool:

@@ -279,6 +279,14 @@ class MasterWeights:
         if self.separate:
             torch._foreach_copy_(self.weights, self.parameters)
 
+    def restore(self, model: PreTrainedModel) -> None:
+        """Make the model float32 again, with the masters as its trained weights: for merging without another rounding."""
+        for weight in model.parameters():
+            weight.data = weight.data.float()
+        for master, weight in zip(self.parameters, self.weights, strict=True):
+            weight.data = master.data
+        model.config.dtype = torch.float32
+
     @torch.no_grad()
     def sample_values(self, per_tensor: int = 2048) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Evenly spaced (values, gradients) of every parameter that has a gradient, to see how many of them a step moves."""

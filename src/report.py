@@ -16,7 +16,7 @@ import torch
 from src.errors import InputError
 from src.sampler import Samples
 
-VERSIONS_OF = ("torch", "transformers", "accelerate", "verl", "wandb", "datasets")
+VERSIONS_OF = ("torch", "transformers", "accelerate", "peft", "math-verify", "verl", "wandb", "datasets")
 
 
 class RunLog:

@@ -109,7 +109,7 @@ class AceRewardModel:
             try:
                 scores[rows] = self._forward([encoded[i] for i in rows])
             except RuntimeError as error:  # out of memory above all
-                print(f"warning: the reward model failed on {len(rows)} texts, scored 0.0 ({error})", flush=True)
+                print(f"warning: the reward model failed on {len(rows)} texts, which get a neutral score ({error})", flush=True)
         scores = torch.where(scores.isfinite(), scores, torch.nan)[[distinct[pair] for pair in pairs]]  # (B,)
         self.failed += int(scores.isnan().sum())
         return scores

@@ -88,10 +88,16 @@ class SymbolicWorker:
             deadline: `time.monotonic()` by which to give up.
         """
         with self._lock:
+            if time.monotonic() >= deadline:
+                return Outcome.BROKE_LIMIT
             self._start()
-            if not self._ready:
-                self._ready = self._read_line(min(deadline, time.monotonic() + START_SECONDS)) == b"ready"
-            line = self._exchange(json.dumps([answer, truth]).encode() + b"\n", deadline) if self._ready else None
+            try:
+                if not self._ready:
+                    self._ready = self._read_line(min(deadline, time.monotonic() + START_SECONDS)) == b"ready"
+                line = self._exchange(json.dumps([answer, truth]).encode() + b"\n", deadline) if self._ready else None
+            except BaseException:  # Ctrl-C: the reply that is still to come must not answer the next question
+                self._stop()
+                raise
             if line in (b"true", b"false"):
                 return Outcome(line.decode())
             self._stop()
@@ -108,9 +114,11 @@ class SymbolicWorker:
 
     def _read_line(self, deadline: float) -> bytes | None:
         descriptor = self._process.stdout.fileno()
+        poll = select.poll()  # select.select fails on descriptors above 1,023
+        poll.register(descriptor, select.POLLIN | select.POLLHUP)
         while b"\n" not in self._buffer:
             left = deadline - time.monotonic()
-            if left <= 0 or not select.select([descriptor], [], [], left)[0]:
+            if left <= 0 or not poll.poll(1000 * left):
                 return None
             chunk = os.read(descriptor, 4096)
             if not chunk:
@@ -145,7 +153,8 @@ def _serve(item_seconds: float) -> None:
     import resource
     import warnings
 
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    with contextlib.suppress(ValueError, OSError):  # macOS has no such limit; elsewhere a lower one may hold already
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     warnings.filterwarnings("ignore")
     import logging
 

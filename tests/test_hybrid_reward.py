@@ -108,6 +108,13 @@ def test_group_bounds_are_those_of_question_and_verdict(rows):
         assert not len(right) or not len(wrong) or right.min() >= wrong.max() - 1e-5
 
 
+def test_group_bounds_leave_failed_scores_out():
+    rm, rules = torch.tensor([5.0, 6.0, torch.nan, 7.0, torch.nan, 1.0, 2.0, 3.0]), torch.tensor([0.0] * 4 + [1.0] + [0.0] * 3)
+    low, high = group_bounds(rm, rules, 4)
+    assert low.tolist() == [5, 5, 5, 5, 0, 1, 1, 1]
+    assert high.tolist() == [7, 7, 7, 7, 0, 3, 3, 3]
+
+
 def test_clamp_reports_what_was_outside():
     held, outside = clamp_scores(torch.tensor([-3.0, -1.0, 0.5, 2.0]), -1.0, 1.0)
     assert held.tolist() == [-1.0, -1.0, 0.5, 1.0]

@@ -109,7 +109,20 @@ def test_boxes_have_matching_braces():
 
 
 def test_truths_that_no_answer_could_equal_are_found(verifier):
-    truths = ["8", "$1,000", "yes", "(B)", r"\frac{\sqrt{2}}{2}", "[1, 2)", "x^2 + 1", "3:30", "Paris, France"]
+    truths = [
+        "8",
+        "$1,000",
+        "yes",
+        "(B)",
+        r"\frac{\sqrt{2}}{2}",
+        "[1, 2)",
+        "x^2 + 1",
+        "3:30",
+        "Paris, France",
+        "U.S.",
+        "true/false",
+        "<",
+    ]
     assert verifier.prepare(truths) == [None] * len(truths)
     for bad in ("", "$", r"\frac{", "9^9^9^9", "7" * 400):
         assert verifier.prepare([bad])[0], bad
@@ -203,7 +216,9 @@ HOSTILE = {
     "injection": "__import__('os').system('exit 1')", "injection in a box": r"\boxed{__import__('os').system('exit 1')}",
     "boxes": "".join(rf"\boxed{{{i}}}" for i in range(10_000)), "lines": "\n" * 1_000_000, "spaces": " " * 1_000_000,
     "open boxes": "\\boxed{" * 50_000, "open tags": "<answer>" * 50_000, "commas": "1," * 100_000, "slashes": "1/" * 100_000,
-    "ones": " 1" * 200_000, "words": "8" + " a" * 100_000, "equals": "=" * 300_000, "cues": "the answer is " * 60_000,
+    "ones": " 1" * 200_000, "statements": "a:1 " * 5000, "equations": "= 1 " * 5000, "verbs": "1 is " * 4000,
+    "turns": "</s>" * 50_000,
+    "question marks": "\nq: " * 15_000, "words": "8" + " a" * 100_000, "equals": "=" * 300_000, "cues": "the answer is " * 60_000,
     "or": "7 or " * 100_000, "dashes": "-" * 300_000, "dollars": "$" * 300_000, "backslashes": "\\" * 300_000,
     "fractions": "\\frac" * 100_000, "hashes": "#### " * 100_000, "questions": "Question: " * 100_000,
     "number words": "one " * 100_000,
@@ -237,6 +252,28 @@ def test_ten_poisons_past_the_gate_and_then_a_good_answer(monkeypatch):
         for poison in poisons:  # known by now
             assert not judge(verifier, poison, r"\pi")
         assert verifier.metrics()["verifier/restarts"] == 0
+
+
+def test_an_interrupted_question_does_not_get_its_reply_to_the_next(monkeypatch):
+    """The bug: Ctrl-C between write and read left the reply in the pipe, and each later verdict was the one before."""
+    worker = SymbolicWorker()
+    try:
+        assert worker.ask("$1$", "$1$", time.monotonic() + 60) is Outcome.EQUAL
+        read = SymbolicWorker._read_line
+
+        def interrupted(self, deadline):
+            monkeypatch.setattr(SymbolicWorker, "_read_line", read)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(SymbolicWorker, "_read_line", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            worker.ask("$x+1$", "$1+x$", time.monotonic() + 60)
+        assert worker.ask("$1$", "$2$", time.monotonic() + 60) is Outcome.DIFFERENT
+        assert worker.ask("$x+3$", "$3+x$", time.monotonic() + 60) is Outcome.EQUAL
+        assert worker.ask("$x$", "$x$", time.monotonic() - 1) is Outcome.BROKE_LIMIT
+        assert worker.restarts == 0  # a deadline in the past is no fault of the process
+    finally:
+        worker.close()
 
 
 def test_a_batch_has_a_deadline_and_short_answers_come_first(monkeypatch):
