@@ -73,7 +73,7 @@ _UNSIGNED = (
     r"|\d{1,3}(?:(?:,|[ ]?\{,[ ]?\}|\\,)\d{3})+(?![\d,])"  # 1,000,000
     r"|\d{1,60})(?:\.\d{1,60})?(?!\d)|\.\d{1,60}(?!\d)"
 )
-_FRACTION = r"\\[dt]?frac\s{0,3}(?:\{\s{0,3}(-?\d{1,30})\s{0,3}\}\s{0,3}\{\s{0,3}(-?\d{1,30})\s{0,3}\}|(\d)\s{0,3}(\d))"
+_FRACTION = r"\\[dtc]?frac\s{0,3}(?:\{\s{0,3}(-?\d{1,30})\s{0,3}\}\s{0,3}\{\s{0,3}(-?\d{1,30})\s{0,3}\}|(\d)\s{0,3}(\d))"
 NUMBER = re.compile(
     rf"""
     (?P<sign>(?<![\w)\]}}.])[-+]\s?)?                        # a sign is one where no number or bracket stands before it
@@ -218,7 +218,7 @@ def unwrap(answer: str) -> str:
     >>> unwrap(r"$\text{8 apples}.$"), unwrap("**8**.")
     ('8 apples', '8')
     """
-    answer = _WRAPPERS.sub(r" \1 ", answer)
+    answer = _WRAPPERS.sub(r" \1 ", re.sub(r",\s{0,3}\\!\s{0,3}", ",", answer))
     answer = _MARKS.sub("", answer).strip()
     previous = None
     while answer != previous:
@@ -596,6 +596,8 @@ def _taken_back(value: str, behind: str) -> bool:
         if re.search(r"\b(?:is|was) (?:the|my|our|your) (?:final |correct |right )?$", behind[: cue.start()], re.IGNORECASE):
             continue  # "is the answer: ..." speaks of the mark
         other = _statement_value(cue["rest"])
+        if other and read_number(value) is None and other in value:
+            continue  # a part of it: "between 12 and 13"
         if other and read_number(other) and not _alike(value, other):
             return True
     for content, _ in _marks(behind):
@@ -925,6 +927,6 @@ def normalised(answer: str) -> str:
     True
     """
     answer = unwrap(answer)
-    answer = re.sub(r"\\[dt]frac", r"\\frac", answer)
+    answer = re.sub(r"\\[dtc]frac", r"\\frac", answer)
     answer = re.sub(r"\\(?:%|\$)", lambda m: m[0][1], answer)
     return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", answer).casefold()

@@ -282,7 +282,7 @@ def _repeats(answer: str, truth: str, prompt: str) -> bool:
 
     20/4 for "What is 20 / 4?".
     """
-    squeezed = re.sub(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r"\1/\2", re.sub(r"\s", "", clean(answer)))
+    squeezed = re.sub(r"\\[dtc]?frac\{(\d+)\}\{(\d+)\}", r"\1/\2", re.sub(r"\s", "", clean(answer)))
     if squeezed == re.sub(r"\s", "", clean(truth)):
         return False
     return bool(re.search(r"\d[-+*/^]\d", squeezed)) and squeezed in re.sub(r"\s", "", clean(prompt[:10_000]))
@@ -296,8 +296,8 @@ def _unevaluated(answer: str) -> bool:
 
 def _not_closed(answer: str) -> bool:
     """Whether an answer has anything that a number is not written with: Math-Verify reads what it knows and drops the rest."""
-    formula = re.sub(r"^[A-Za-z]\s?=\s?", "", unwrap(answer))
-    formula = re.sub(r"\\(?:[dt]?frac|sqrt(?:\[\d\])?|pi|cdot|times|div|left|right|[,!; ])", " ", formula)
+    formula = re.sub(r"^[A-Za-z]\s?(?:=|\\approx|≈)\s?", "", unwrap(answer))
+    formula = re.sub(r"\\(?:[dtc]?frac|sqrt(?:\[\d\])?|pi|cdot|times|div|left|right|[,!; ])", " ", formula)
     return not re.fullmatch(r"[\d\s.+*/^(){}-]*", formula) or bool(re.search(r"\^\s?-|//|\.\.|\^\s?\^", formula))
 
 
