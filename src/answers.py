@@ -185,6 +185,11 @@ def words_to_number(words: str) -> int | None:
     return total + group
 
 
+# Behind a number they make another of it: 8 tenths, 8 squared, 8 lakh.
+_OTHER_QUANTITY = (
+    r"factorial|over|doubled|tripled|squared|cubed|lakh|crore|bn|mil|halves|(?:third|quarter|fourth|fifth|sixth|seventh|eighth|ninth"
+    r"|tenth|hundredth|thousandth)s?"
+)
 _CURRENCY = {"$": "dollar", "€": "euro", "£": "pound", "¥": "yen", "₹": "rupee"}
 _ALIASES = {
     "hr": "hour", "hrs": "hour", "h": "hour", "min": "minute", "mins": "minute", "sec": "second", "secs": "second", "s": "second",
@@ -279,8 +284,7 @@ def read_number(answer: str) -> Number | None:
         if after["unit"]:
             if re.search(
                 r"\b(or|and|to|not|maybe|perhaps|but|than|times|plus|minus|versus|vs|if|out|is|are|was|were|has|have|equals?|gives?|makes?|"
-                r"into|divided|multiplied|factorial|over|doubled|tripled|below|above|lakh|crore|bn|mil|remainder|r|halves|thirds?|quarters?|"
-                r"fourths?|fifths?|sixths?|sevenths?|eighths?|ninths?|tenths?|hundredths?|thousandths?|squared|cubed|more|less|because|so|which|that)\b",
+                rf"into|divided|multiplied|{_OTHER_QUANTITY}|below|above|remainder|r|more|less|because|so|which|that)\b",
                 rest,
                 re.IGNORECASE,
             ):
@@ -404,11 +408,7 @@ _NOT_IT = re.compile(
 _TURNED = re.compile(  # 8 = 5 + 3
     r"(?<![-+*/=×x][ ])(?<!\S)(\d[\d.,]{0,20}) ?= ?(\d{1,20}(?: ?[-+*/×x] ?\d{1,20}){1,5})(?![\d]| ?[-+*/=×x])"
 )
-_NO_UNIT = re.compile(
-    r"\s((?:factorial|over|doubled|tripled|squared|cubed|lakh|crore|bn|mil|halves|(?:third|quarter|fourth|fifth|sixth|seventh|eighth"
-    r"|ninth|tenth|hundredth|thousandth)s?))\b",
-    re.IGNORECASE,
-)
+_NO_UNIT = re.compile(rf"\s({_OTHER_QUANTITY})\b", re.IGNORECASE)
 _PAIR = re.compile(r"\W{0,3}[\d.,]{1,20}(?:\s[a-z]{1,20}){0,2}\sand\s\W?\d")
 _GOES_ON = re.compile(
     r"=|\b(?:then|after|afterwards|now|next|finally|left|leaving|remain\w*|total\w*|altogether|so|answer|result|must|need\w*)\b",
@@ -863,17 +863,16 @@ def _statement_value(sentence: str, whole: bool = False, first: bool = False) ->
         m = matches[0]
         if _NOT_IT.search(sentence[: m.start()]):
             return None
-        if m["number"] is not None or m["latex"] or m["mixed"]:
-            if _OPERATOR_AFTER.match(sentence, m.end()):
-                return unwrap(sentence)[:MAX_ANSWER_CHARS] or None  # arithmetic that is left to do
-            thousands = re.match(r"[kK]\b", sentence[m.end() :])
-            if (_JOINED_AFTER.match(sentence, m.end()) and not thousands) or re.search(
-                r"[\\^(]\w*[{(]?$|[a-zA-Z]\s?[-+*/]\s?$", sentence[max(0, m.start() - 8) : m.start()]
-            ):
-                end = re.search(r"\$|,\s|\s(?=[a-z]{2,})", sentence[m.start() :])
-                piece = sentence[: m.start() + end.start()] if end else sentence
-                return unwrap(piece) or None
-            return _with_unit(sentence, m)
+        if _OPERATOR_AFTER.match(sentence, m.end()):
+            return unwrap(sentence)[:MAX_ANSWER_CHARS] or None  # arithmetic that is left to do
+        thousands = re.match(r"[kK]\b", sentence[m.end() :])
+        if (_JOINED_AFTER.match(sentence, m.end()) and not thousands) or re.search(
+            r"[\\^(]\w*[{(]?$|[a-zA-Z]\s?[-+*/]\s?$", sentence[max(0, m.start() - 8) : m.start()]
+        ):
+            end = re.search(r"\$|,\s|\s(?=[a-z]{2,})", sentence[m.start() :])
+            piece = sentence[: m.start() + end.start()] if end else sentence
+            return unwrap(piece) or None
+        return _with_unit(sentence, m)
     bare = re.sub(r"^[^a-zA-Z]{0,5}", "", sentence)
     words = read_words(bare)
     if words:

@@ -37,7 +37,6 @@ class VerifierCounts:
     extracted: int = 0  # of them, those with a final answer
     fast: int = 0  # answers that were settled without Math-Verify
     symbolic: int = 0  # answers that it settled
-    restarts: int = 0  # of Math-Verify's process
     timeouts: int = 0  # answers on which it broke a limit, or that the batch's time did not reach; they count as wrong
 
 
@@ -196,10 +195,13 @@ class MathVerifier:
         """verifier/... : how the answers since the last call were settled. The counts begin again at zero."""
         with self._lock:
             counts, self.counts = self.counts, VerifierCounts()
-        counts.restarts, self._worker.restarts = self._worker.restarts, 0
-        names = ("fast", "symbolic", "timeouts", "restarts")
-        return {f"verifier/{name}": float(getattr(counts, name)) for name in names} | {
-            "verifier/extracted_frac": counts.extracted / max(counts.judged, 1)
+        restarts, self._worker.restarts = self._worker.restarts, 0
+        return {
+            "verifier/fast": float(counts.fast),
+            "verifier/symbolic": float(counts.symbolic),
+            "verifier/timeouts": float(counts.timeouts),
+            "verifier/restarts": float(restarts),
+            "verifier/extracted_frac": counts.extracted / max(counts.judged, 1),
         }
 
 

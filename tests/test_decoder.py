@@ -5,11 +5,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, MistralConfig, Qwen2Config, Qwen3Config
 
-from src import decoder, sampler
+from src import decoder
 from src.decoder import GeneralDecoder, LlamaDecoder, make_decoder
 from tests.conftest import make_policy
+from tests.test_sampler import PROMPTS, run
 
-PROMPTS = [[1, 10, 11, 12, 13, 14, 15, 16], [1, 20, 21], [1, 30, 2, 31, 32, 2]]
 SMALL = dict(
     vocab_size=80, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.2
 )
@@ -112,37 +112,14 @@ def test_models_that_compute_something_else_take_the_general_one():
     add_lora(others["a LoRA adapter"], 2)
     for kind, model in others.items():
         assert isinstance(make_decoder(model, 1, 1), GeneralDecoder), kind
-        out = sampler.sample(
-            model,
-            PROMPTS,
-            2,
-            max_length=14,
-            max_new_tokens=None,
-            temperature=1.0,
-            top_p=1.0,
-            stop_ids=[2],
-            pad_id=2,
-            generator=torch.Generator().manual_seed(0),
-        )
+        out = run(model, group_size=2, max_length=14, temperature=1.0)
         assert out.action_mask.any(), kind
 
 
 def test_the_sampler_gives_the_same_with_either(policy, monkeypatch):
     policy.lm_head.weight.data[2] += 0.3  # rows leave at different times
-    draw = lambda: sampler.sample(  # noqa: E731
-        policy,
-        PROMPTS,
-        8,
-        max_length=40,
-        max_new_tokens=None,
-        temperature=0.8,
-        top_p=1.0,
-        stop_ids=[2],
-        pad_id=2,
-        generator=torch.Generator().manual_seed(0),
-    )
-    fast = draw()
+    fast = run(policy, group_size=8)
     monkeypatch.setattr(decoder.LlamaDecoder, "fits", staticmethod(lambda model: False))
-    general = draw()
+    general = run(policy, group_size=8)
     assert fast.completion_ids == general.completion_ids
     torch.testing.assert_close(fast.log_probs, general.log_probs, atol=1e-5, rtol=0)
