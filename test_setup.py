@@ -12,7 +12,6 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
-import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -60,7 +59,7 @@ def check_import(name: str, version: str) -> str:
 def pinned() -> dict[str, str]:
     """Packages of requirements.txt and their versions."""
     lines = (line.split("#")[0].strip() for line in (HERE / "requirements.txt").read_text().splitlines())
-    return dict(re.sub(r"\[.*\]", "", line).split("==") for line in lines if line)  # without extras
+    return dict(line.split("==") for line in lines if line)
 
 
 def check_data(name: str, count: int) -> str:
