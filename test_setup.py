@@ -153,7 +153,7 @@ def check_policy(model_name: str) -> str:
     from train import Problem, decode, encode_prompts
 
     device = run_device()
-    policy, tokenizer = models.load_policy(model_name, device)
+    policy, tokenizer = models.load_policy(model_name, device), models.load_tokenizer(model_name)
     models.MasterWeights(policy, models.pick_dtype(device, "auto"))
     prompt = encode_prompts(tokenizer, [Problem("What is 5 + 3?", "8", "")], None, 512)
     stop_ids = models.stop_token_ids(policy, tokenizer)
@@ -165,17 +165,23 @@ def check_policy(model_name: str) -> str:
 
 
 def check_reward_model(requested: str, policy_name: str) -> str:
+    import torch
+
+    from src.memory import ModelSize, Plan, free_memory
     from src.models import pick_dtype
-    from src.reward_model import AceRewardModel, choose_reward_model, system_prompt_for
+    from src.reward_model import choose_reward_model
 
     device = run_device()
-    dtype = pick_dtype(device, "auto")
-    name, why = choose_reward_model(requested, policy_name, 0, device, dtype)  # scoring alone, no training
-    if name is None:
-        raise Skipped(f"reward model ({why})")
-    reward_model = AceRewardModel(name, device, dtype, system_prompt_for(name))
+    alone = Plan(ModelSize(0, 0, 2, 0.0, 0.0, 0), device.type, 0, 1, 0, 0, 0, reference=False)  # scoring, no training
+    choice = choose_reward_model(
+        requested, "auto", False, policy_name, alone, device, pick_dtype(device, "auto"),
+        free_memory(device), free_memory(torch.device("cpu")),
+    )  # fmt: skip
+    if choice.name is None:
+        raise (Failed(choice.why, "see the message") if choice.failed else Skipped(f"reward model ({choice.why})"))
+    reward_model = choice.load()
     right, wrong = reward_model.compute_batch_reward("What is 5 + 3?", ["5 + 3 = \\boxed{8}", "5 + 3 = \\boxed{9}"]).tolist()
-    return f"reward model {name}: {right:.2f} for a right answer, {wrong:.2f} for a wrong one"
+    return f"reward model {choice.name}: {right:.2f} for a right answer, {wrong:.2f} for a wrong one"
 
 
 def main() -> int:

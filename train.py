@@ -25,7 +25,7 @@ import math
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -35,7 +35,7 @@ import tyro
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from jinja2 import TemplateError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from src import models
 from src.checkpoint import save_checkpoint
@@ -54,9 +54,9 @@ from src.hybrid_reward import (
 )
 from src.logprobs import completion_log_probs, micro_batches
 from src.math_verifier import MathVerifier, ground_truth_of
-from src.memory import keep_freed_memory
+from src.memory import Plan, check_fits, free_memory, keep_freed_memory, measure
 from src.report import RunLog, Scores, choose_folder, completion_metrics, reward_metrics, rollout_rows
-from src.reward_model import AceRewardModel, choose_reward_model, system_prompt_for
+from src.reward_model import AceRewardModel, RewardModelChoice, choose_reward_model
 from src.sampler import Samples, sample
 
 if TYPE_CHECKING:
@@ -69,6 +69,8 @@ def main(
     # Model
     model_name: str = "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
     reward_model_name: str = "auto",
+    reward_model_device: Literal["auto", "cuda", "cpu", "offload"] = "auto",
+    reward_model_8bit: bool = False,
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto",
     dtype: Literal["auto", "bfloat16", "float32"] = "auto",
     lora_rank: int = 0,
@@ -120,8 +122,12 @@ def main(
 
     Args:
         model_name: The policy: a Hugging Face name, a local folder, or "embedded" (SmolLM2-135M-Instruct, no hub needed).
-        reward_model_name: The reward model: a Hugging Face name, a local folder, "none" (the verifier alone), or "auto"
-            (AceMath-7B-RM where a GPU has room for it, otherwise none).
+        reward_model_name: The reward model: a Hugging Face name, a local folder, "embedded" (a judge of answers to arithmetic,
+            no hub needed), "none" (the verifier alone), or "auto" (the embedded one beside the embedded policy, AceMath-7B-RM
+            where a GPU has room for it, otherwise none).
+        reward_model_device: Where the reward model is: cuda, cpu (computed there, slowly), offload (in the host's memory, on
+            the GPU only while scoring), or auto: the first of cuda, offload and cpu that has room.
+        reward_model_8bit: Hold the reward model's linear layers in int8: half the memory of bfloat16. Needs bitsandbytes.
         device: Where to compute; auto takes cuda, mps or cpu, whichever is found first.
         dtype: What the models compute in; auto takes bfloat16 where the hardware has it. Trained weights are float32.
         lora_rank: Rank of a LoRA adapter in every linear layer but the head, which is then all that is trained; 0 trains
@@ -207,15 +213,29 @@ def main(
     order_generator = torch.Generator().manual_seed(seed)
     sample_generator = torch.Generator(run_device).manual_seed(seed)
 
+    # Memory: what it will take, before anything loads
+    transformers.utils.logging.disable_progress_bar()  # of reading weights; downloads keep theirs
+    tokenizer = models.load_tokenizer(model_name)
+    prompt_ids = encode_prompts(tokenizer, problems, system_prompt, max_length)
+    eval_prompt_ids = encode_prompts(tokenizer, eval_problems, system_prompt, max_length)
+    compute_dtype = models.pick_dtype(run_device, dtype)
+    skeleton = models.skeleton(
+        models.resolve(model_name, "--model-name"), AutoModelForCausalLM, compute_dtype, f"--model-name {model_name}"
+    )
+    positions = getattr(skeleton.config, "max_position_embeddings", max_length)
+    if max_length > positions:
+        raise InputError(f"--max-length {max_length}: must be at most the {positions} positions of {model_name}")
+    reward_choice = plan_memory(
+        skeleton, prompt_ids, model_name, reward_model_name, run_device, compute_dtype,
+        reward_model_device=reward_model_device, reward_model_8bit=reward_model_8bit, reward_mode=reward_mode,
+        lora_rank=lora_rank, kl_weight=kl_weight, completions=rollouts_per_step * group_size, group_size=group_size,
+        micro_batch_size=micro_batch_size, max_length=max_length, max_new_tokens=max_new_tokens,
+    )  # fmt: skip
+
     # Models
     in_its_place = "" if "tinyllama" in model_name.lower() else f" in its place: {model_name}"
     print(f"Loading TinyLlama model...{in_its_place}", flush=True)
-    transformers.utils.logging.disable_progress_bar()  # of reading weights; downloads keep theirs
-    policy, tokenizer = models.load_policy(model_name, run_device)
-    positions = getattr(policy.config, "max_position_embeddings", max_length)
-    if max_length > positions:
-        raise InputError(f"--max-length {max_length}: must be at most the {positions} positions of {model_name}")
-    compute_dtype = models.pick_dtype(run_device, dtype)
+    policy = models.load_policy(model_name, run_device)
     compute = f"computes in {str(compute_dtype).removeprefix('torch.')} on {run_device.type}"
     print(f"policy: {policy.num_parameters() / 1e6:.1f} million weights, trained in float32, {compute}", flush=True)
     adapter = models.add_lora(policy, lora_rank) if lora_rank else None  # lives in the policy's layers
@@ -227,19 +247,12 @@ def main(
     if kl_weight > 0:  # with LoRA it is the policy itself with the adapter switched off
         reference = policy if adapter else models.frozen_copy(policy)
     optimizer = torch.optim.AdamW(master.parameters, lr=lr, weight_decay=weight_decay, fused=True)
-    prompt_ids = encode_prompts(tokenizer, problems, system_prompt, max_length)
-    eval_prompt_ids = encode_prompts(tokenizer, eval_problems, system_prompt, max_length)
-
     stop_ids = models.stop_token_ids(policy, tokenizer)
     sampling = dict(max_length=max_length, max_new_tokens=max_new_tokens, stop_ids=stop_ids, pad_id=stop_ids[0])
     explore = dict(temperature=temperature, top_p=top_p)
 
     print("Loading reward model and math verifier...", flush=True)
-    reward_model = None
-    if reward_mode == "verifier":
-        print("reward model: none, the verifier alone decides (--reward-mode verifier)", flush=True)
-    else:
-        reward_model = load_reward_model(reward_model_name, model_name, policy, run_device, compute_dtype)
+    reward_model = load_reward_model(reward_choice)
     if reward_mode == "rm" and reward_model is None:
         raise InputError("--reward-mode rm: there is no reward model; name one with --reward-model-name")
 
@@ -340,9 +353,9 @@ def main(
         update_s = time.perf_counter() - phase_started
 
         # Report and save
-        metrics |= reward_metrics(
-            scores, advantages, group_size, reward_model.failed if reward_model else 0
-        ) | completion_metrics(samples, scores)
+        metrics |= reward_metrics(scores, advantages, group_size) | completion_metrics(samples, scores)
+        metrics["reward/rm_failed"] = float(reward_model.failed if reward_model else 0)
+        metrics["reward/rm_truncated"] = float(reward_model.truncated if reward_model else 0)
         metrics |= verifier_metrics | {"reward/sigma_bar": sigma_bar.mean, "optim/lr": step_lr}
         metrics |= {"time/rollout_s": rollout_s, "time/score_s": score_s, "time/update_s": update_s}
         metrics["time/step_s"] = time.perf_counter() - step_started
@@ -417,6 +430,8 @@ def check_hyperparameters(**h) -> None:
             f"must divide --rollouts-per-step {h['rollouts_per_step']} x --group-size {h['group_size']} = {batch} completions; "
             f"for example {math.gcd(batch, h['train_batch_size'])}",
         )
+    if h["reward_model_8bit"] and h["reward_model_device"] == "offload":
+        refuse("reward_model_device", "does not go with --reward-model-8bit; int8 halves the memory, offload frees it in turns")
     if h["alpha"] + h["beta"] > 1:
         print(
             f"warning: --alpha {h['alpha']} + --beta {h['beta']} is above 1, so the bands overlap and a wrong answer can earn "
@@ -547,20 +562,64 @@ def encode_prompts(
     return encoded
 
 
-def load_reward_model(
-    requested: str, policy_name: str, policy: PreTrainedModel, device: torch.device, dtype: torch.dtype
-) -> AceRewardModel | None:
+def plan_memory(
+    skeleton: PreTrainedModel,
+    prompt_ids: list[list[int]],
+    model_name: str,
+    reward_model_name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    reward_model_device: str,
+    reward_model_8bit: bool,
+    reward_mode: str,
+    lora_rank: int,
+    kl_weight: float,
+    completions: int,
+    group_size: int,
+    micro_batch_size: int,
+    max_length: int,
+    max_new_tokens: int | None,
+) -> RewardModelChoice:
+    """Choose the reward model and where it goes, print what the run will take, and refuse what cannot fit.
+
+    Raises:
+        InputError: It cannot fit, or a placement of the reward model was asked for that cannot be.
+    """
+    if lora_rank:
+        models.add_lora(skeleton, lora_rank)
+    longest, shortest = max(map(len, prompt_ids)), min(map(len, prompt_ids))
+    plan = Plan(
+        measure(skeleton), device.type, completions, group_size, micro_batch_size, prompt_length=longest,
+        completion_length=min(max_new_tokens or max_length, max_length - shortest), reference=kl_weight > 0 and not lora_rank,
+    )  # fmt: skip
+    free, host_free = free_memory(device), free_memory(torch.device("cpu"))
+    if reward_mode == "verifier":
+        choice = RewardModelChoice(None, "--reward-mode verifier")
+    else:
+        choice = choose_reward_model(
+            reward_model_name, reward_model_device, reward_model_8bit, model_name, plan, device, dtype, free, host_free
+        )
+    plan = replace(plan, reward_weights=choice.weights, reward_placement=choice.placement)
+    eight_bit = choice.weights / 2 if choice.name not in (None, models.EMBEDDED) and not choice.load_in_8bit else 0.0
+    check_fits(plan, free, lambda: measure(models.add_lora(skeleton, 16).get_base_model()), eight_bit)
+    return choice
+
+
+def load_reward_model(choice: RewardModelChoice) -> AceRewardModel | None:
     """The reward model, or None for a run on the verifier alone; one line says which and why."""
-    name, why = choose_reward_model(requested, policy_name, policy.num_parameters(only_trainable=True), device, dtype)
-    if name is None:
-        print(f"reward model: none, the verifier alone decides ({why})", flush=True)
+    if choice.failed:
+        print(f"warning: no reward model, the verifier alone decides: {choice.why}", flush=True)
+        return None
+    if choice.name is None:
+        print(f"reward model: none, the verifier alone decides ({choice.why})", flush=True)
         return None
     try:
-        reward_model = AceRewardModel(name, device, dtype, system_prompt_for(name))
+        reward_model = choice.load()
     except (InputError, torch.OutOfMemoryError) as error:
         print(f"warning: no reward model, the verifier alone decides: {error}", flush=True)
         return None
-    print(f"reward model: {name} ({why})", flush=True)
+    print(f"reward model: {choice.name} on {choice.where()} ({choice.why})", flush=True)
     return reward_model
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from huggingface_hub import HfApi, cached_assets_path, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from src.errors import InputError
 
@@ -135,18 +135,14 @@ def embedded_folder() -> Path:
     return folder
 
 
-def load_policy(model_name: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the model that is trained, in float32, and its tokenizer.
+def load_tokenizer(model_name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model that is trained.
 
     Args:
         model_name: Hub name, local folder, or "embedded".
-        device: Where the model computes.
-
-    Returns:
-        model (in eval mode: what is sampled and what is trained must be one distribution) and tokenizer.
 
     Raises:
-        InputError: The model cannot be found or loaded, or has no tokenizer, chat template or plain output head.
+        InputError: It cannot be found or loaded, or has no chat template.
     """
     path = resolve(model_name, "--model-name")
     try:
@@ -161,6 +157,41 @@ def load_policy(model_name: str, device: torch.device) -> tuple[PreTrainedModel,
             f"--model-name {model_name}: its tokenizer has no chat template, so questions cannot be put to it; take the chat "
             "or instruct version of the model, or set tokenizer.chat_template and save_pretrained"
         )
+    return tokenizer
+
+
+def skeleton(path: str, auto_class: type, dtype: torch.dtype, flag: str, **config) -> PreTrainedModel:
+    """A model without its weights, on the meta device, from its configuration alone: what it will take can be counted.
+
+    Args:
+        path: From `resolve`.
+        auto_class: AutoModelForCausalLM or another.
+        dtype: That it will compute in.
+        flag: The flag and value that the path came from, for messages.
+        config: Settings that replace those of the file.
+
+    Raises:
+        InputError: It has no configuration that this version of transformers understands.
+    """
+    try:
+        settings = AutoConfig.from_pretrained(path, **config)
+        with torch.device("meta"):
+            return auto_class.from_config(settings, dtype=dtype)
+    except Exception as error:
+        raise InputError(f"{flag}: its configuration could not be read ({_first_line(error)})") from None
+
+
+def load_policy(model_name: str, device: torch.device) -> PreTrainedModel:
+    """Load the model that is trained, in float32 and eval mode: what is sampled and what is trained must be one distribution.
+
+    Args:
+        model_name: Hub name, local folder, or "embedded".
+        device: Where the model computes.
+
+    Raises:
+        InputError: The model cannot be found or loaded, or has no plain output head.
+    """
+    path = resolve(model_name, "--model-name")
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
     except Exception as error:
@@ -173,7 +204,7 @@ def load_policy(model_name: str, device: torch.device) -> tuple[PreTrainedModel,
     except ValueError:  # a temperature without do_sample, say: transformers loads it but would refuse to save it
         model.generation_config.do_sample = True
     check_head(model)
-    return model.to(device).eval(), tokenizer
+    return model.to(device).eval()
 
 
 def _first_line(error: Exception) -> str:

@@ -126,7 +126,7 @@ class Scores:
     rewards: torch.Tensor  # weights * r_hat
 
 
-def reward_metrics(scores: Scores, advantages: torch.Tensor, group_size: int, rm_failed: int) -> dict[str, float]:
+def reward_metrics(scores: Scores, advantages: torch.Tensor, group_size: int) -> dict[str, float]:
     """The reward/... metrics; the README has a line on each."""
     groups = scores.rewards.view(-1, group_size)  # (Q, G)
     rules = scores.rule_rewards.view(-1, group_size)
@@ -138,7 +138,6 @@ def reward_metrics(scores: Scores, advantages: torch.Tensor, group_size: int, rm
         "reward/rm_mean": scores.rm_scores.mean().item(),
         "reward/rm_std": scores.rm_scores.std().item(),
         "reward/rm_clamped_frac": scores.rm_clamped.float().mean().item(),
-        "reward/rm_failed": float(rm_failed),
         "reward/r_hat_mean": scores.r_hat.mean().item(),
         "reward/weight_mean": scores.weights.mean().item(),
         "reward/sigma_u_mean": scores.sigma_u.mean().item(),

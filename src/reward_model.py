@@ -1,29 +1,43 @@
-"""The reward model: how good is this solution? AceMath-7B-RM, or any sequence classifier with one label."""
+"""The reward model: how good is this solution? AceMath-7B-RM, any sequence classifier with one label, or the embedded judge."""
+
+import importlib.util
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from jinja2 import TemplateError
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from src.errors import InputError
-from src.models import resolve
+from src.judge import NO_ANSWER, JudgeText, answer_log_probs, judge_text, load_judge, plain_answer
+from src.memory import Plan
+from src.models import EMBEDDED, embedded_folder, pick_dtype, resolve, skeleton
 
 # Part of AceMath-7B-RM: it was trained with this system prompt (model card, "How to use").
 ACEMATH_SYSTEM_PROMPT = "Please reason step by step, and check your final answer within \\boxed{}."
 ACEMATH = "nvidia/AceMath-7B-RM"
-ACEMATH_PARAMETERS = 7.07e9
+INT8_INSTALL = "pip install bitsandbytes==0.50.2"
 
 
 class AceRewardModel:
     """A frozen reward model that scores solutions.
 
     Args:
-        model_name: Hub name or local folder of a sequence classifier with one label. The licence of the default is
-            CC-BY-NC-4.0: not for commercial use.
+        model_name: Hub name or local folder of a sequence classifier with one label, or "embedded" for the one that comes
+            with this repository (src/judge.py). The licence of the default is CC-BY-NC-4.0: not for commercial use.
         device, dtype: Where and in what it computes.
         system_prompt: System message of each conversation; None sends none. The default is AceMath's own, part of how it
-            was trained.
+            was trained. The embedded one reads no conversation but the question and the final answer.
         max_length: Tokens of the rendered conversation; a longer one loses the start of the response.
-        batch_size: Conversations per forward pass.
+        batch_tokens: Tokens of a forward pass at most, padding included; halved for good when memory runs out.
+        offload: Keep the weights in host memory (pinned) and on `device` only while scoring.
+        load_in_8bit: Linear layers in int8 (bitsandbytes): half the memory of bfloat16.
+
+    Attributes:
+        failed, truncated: Responses that could not be scored, and that lost their start, so far.
 
     Raises:
         InputError: It cannot be found or loaded, or is not a reward model.
@@ -36,35 +50,39 @@ class AceRewardModel:
         dtype: torch.dtype = torch.bfloat16,
         system_prompt: str | None = ACEMATH_SYSTEM_PROMPT,
         max_length: int = 4096,
-        batch_size: int = 8,
+        batch_tokens: int = 8192,
+        offload: bool = False,
+        load_in_8bit: bool = False,
     ):
-        path = resolve(model_name, "--reward-model-name")
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(path)
-            # One label asked for: a checkpoint with several would load with a new, random head.
-            self.model, loading = AutoModelForSequenceClassification.from_pretrained(
-                path, dtype=dtype, num_labels=1, output_loading_info=True, ignore_mismatched_sizes=True
-            )
-        except Exception as error:  # a folder made elsewhere can be broken in any way
-            raise InputError(f"--reward-model-name {model_name}: could not be loaded ({type(error).__name__}: {error})") from None
-        random = list(loading["missing_keys"]) + [key[0] for key in loading["mismatched_keys"]]
-        if random:
-            raise InputError(
-                f"--reward-model-name {model_name}: not a reward model with one label; without weights: {', '.join(random[:3])}"
-            )
-        if self.tokenizer.chat_template is None:
-            raise InputError(f"--reward-model-name {model_name}: its tokenizer has no chat template")
-        self.model.to(device).eval().requires_grad_(False)
-        self.system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+        assert not (offload and load_in_8bit)
+        self.device = torch.device(device)
         self.max_length = max_length
-        self.batch_size = batch_size
-        self.failed = 0  # responses that could not be scored, so far
+        self.batch_tokens = batch_tokens
+        self.failed = 0
+        self.truncated = 0
+        self.judges = model_name == EMBEDDED
+        if self.judges:
+            self.model, self.tokenizer = load_judge(dtype)
+        else:
+            self.model, self.tokenizer = load_classifier(model_name, dtype, load_in_8bit)
+        self.model.eval().requires_grad_(False)
+        self.homes = None
+        if offload:
+            pin = self.device.type == "cuda"
+            self.homes = [w.data.pin_memory() if pin else w.data for w in self.model.parameters()]
+            for weight, home in zip(self.model.parameters(), self.homes, strict=True):
+                weight.data = home
+            for buffer in self.model.buffers():  # rotary frequencies: a few kilobytes
+                buffer.data = buffer.data.to(self.device)
+        else:
+            self.model.to(self.device)
+        self.system = [{"role": "system", "content": system_prompt}] if system_prompt else []
         try:
             self.encode("question", "response")
         except TemplateError as error:
             raise InputError(f"--reward-model-name {model_name}: its chat template refuses the conversation ({error})") from None
 
-    def encode(self, prompt: str, response: str) -> list[int]:
+    def encode(self, prompt: str, response: str) -> tuple[int, ...]:
         """Token ids of one conversation, exactly as on AceMath's model card: no generation prompt, no special tokens added."""
         head = [*self.system, {"role": "user", "content": prompt}]
         text = self.tokenizer.apply_chat_template(
@@ -73,10 +91,11 @@ class AceRewardModel:
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         excess = len(ids) - self.max_length
         if excess > 0:  # the end of a solution says most about it: cut the response from the left
+            self.truncated += 1
             before = self.tokenizer.apply_chat_template(head, tokenize=False, add_generation_prompt=True)
             kept = len(self.tokenizer.encode(before, add_special_tokens=False))
             ids = ids[:kept] + ids[kept + excess :]
-        return ids
+        return tuple(ids)
 
     def compute_reward(self, prompt: str, response: str) -> float:
         """Raw score of one response; see `compute_batch_reward`."""
@@ -100,69 +119,231 @@ class AceRewardModel:
         prompts = [prompt] * len(responses) if isinstance(prompt, str) else prompt
         pairs = list(zip(prompts, responses, strict=True))
         # Each text once: its score must not depend, by a rounding error, on the batch that it happens to be in.
-        distinct = {pair: i for i, pair in enumerate(dict.fromkeys(pairs))}
-        encoded = [self.encode(p, r) for p, r in distinct]
-        scores = torch.full((len(encoded),), torch.nan)
-        by_length = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))  # little padding in a batch
-        for start in range(0, len(by_length), self.batch_size):
-            rows = by_length[start : start + self.batch_size]
-            try:
-                scores[rows] = self._forward([encoded[i] for i in rows])
-            except RuntimeError as error:  # out of memory above all
-                print(f"warning: the reward model failed on {len(rows)} texts, which get a neutral score ({error})", flush=True)
-        scores = torch.where(scores.isfinite(), scores, torch.nan)[[distinct[pair] for pair in pairs]]  # (B,)
+        read = {pair: self._read(*pair) for pair in dict.fromkeys(pairs)}
+        score_of: dict = dict.fromkeys(read.values(), math.nan)
+        score_of[None] = NO_ANSWER  # only the judge reads nothing in a text
+        texts = sorted((text for text in score_of if text is not None), key=_length)  # little padding in a batch
+        try:
+            with self._on_device():
+                while texts:
+                    fitting = self._fitting(texts)
+                    batch, texts = texts[:fitting], texts[fitting:]
+                    score_of |= zip(batch, self._scores(batch), strict=True)
+        except RuntimeError as error:  # no room on the device for the weights themselves
+            print(f"warning: the reward model could not be moved to {self.device} ({error}); neutral scores", flush=True)
+        scores = torch.tensor([score_of[read[pair]] for pair in pairs])  # (B,)
+        scores = torch.where(scores.isfinite(), scores, torch.nan)
         self.failed += int(scores.isnan().sum())
         return scores
 
+    def _read(self, prompt: str, response: str) -> tuple[int, ...] | JudgeText | None:
+        if not self.judges:
+            return self.encode(prompt, response)
+        answer = plain_answer(prompt, response)
+        return None if answer is None else judge_text(self.tokenizer, prompt, answer)
+
+    def _fitting(self, texts: list) -> int:
+        """How many of texts sorted by length make a batch of at most `batch_tokens` tokens, at least one."""
+        fitting = 1
+        while fitting < len(texts) and (fitting + 1) * _length(texts[fitting]) <= self.batch_tokens:
+            fitting += 1
+        return fitting
+
+    def _scores(self, texts: list) -> list[float]:
+        """Scores of one batch, in halves where memory runs out; nan where that does not help."""
+        try:
+            return self._forward(texts).tolist()
+        except RuntimeError as error:
+            reason = str(error)
+            out_of_memory = isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
+        # Outside of the handler, whose traceback would keep the failed pass's tensors alive.
+        if out_of_memory:
+            clear_device_cache(garbage_collection=True)
+        if out_of_memory and len(texts) > 1:
+            half = len(texts) // 2
+            self.batch_tokens = min(self.batch_tokens, max(half * _length(texts[-1]), 1))
+            print(f"warning: no memory to score {len(texts)} texts at once; batches of {self.batch_tokens} tokens", flush=True)
+            return self._scores(texts[:half]) + self._scores(texts[half:])
+        print(f"warning: the reward model failed on {len(texts)} texts, which get a neutral score ({reason})", flush=True)
+        return [math.nan] * len(texts)
+
     @torch.no_grad()
-    def _forward(self, encoded: list[list[int]]) -> torch.Tensor:
-        """Scores (n,) float32 on the CPU of n lists of token ids, padded on the right."""
+    def _forward(self, texts: list) -> torch.Tensor:
+        """Scores (n,) float32 on the CPU of n texts, padded on the right."""
+        if self.judges:
+            return answer_log_probs(self.model, texts)[0].clamp(min=NO_ANSWER).cpu()
         # transformers takes the last token that is not padding as the one that is scored: with a padding id that occurs
         # in the text (Llama templates end in it) that would be the wrong one, so an id that does not occur serves.
-        used = {i for ids in encoded for i in ids}
+        used = {i for ids in texts for i in ids}
         pad = next(i for i in range(self.model.config.vocab_size) if i not in used)
         self.model.config.pad_token_id = pad
-        longest = max(map(len, encoded))
-        ids = torch.tensor([e + [pad] * (longest - len(e)) for e in encoded], device=self.model.device)
-        mask = (torch.arange(longest) < torch.tensor([[len(e)] for e in encoded])).to(ids.device)
+        longest = max(map(len, texts))
+        ids = torch.tensor([[*ids, *[pad] * (longest - len(ids))] for ids in texts], device=self.device)
+        mask = (torch.arange(longest) < torch.tensor([[len(ids)] for ids in texts])).to(self.device)
         return self.model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits[:, 0].float().cpu()
+
+    @contextmanager
+    def _on_device(self) -> Iterator[None]:
+        """With `offload`, the weights on the device for as long as this lasts; the copies in host memory stay as they are."""
+        if self.homes is None:
+            yield
+            return
+        try:
+            for weight, home in zip(self.model.parameters(), self.homes, strict=True):
+                weight.data = home.to(self.device, non_blocking=True)
+            yield
+        finally:
+            for weight, home in zip(self.model.parameters(), self.homes, strict=True):
+                weight.data = home
+            clear_device_cache()
+
+
+def _length(text: tuple[int, ...] | JudgeText) -> int:
+    return len(text.ids if isinstance(text, JudgeText) else text)
+
+
+def load_classifier(model_name: str, dtype: torch.dtype, load_in_8bit: bool) -> tuple[PreTrainedModel, AutoTokenizer]:
+    """A sequence classifier with one label and its tokenizer, on the CPU.
+
+    Raises:
+        InputError: It cannot be found or loaded, has weights missing, or no chat template.
+    """
+    flag = f"--reward-model-name {model_name}"
+    path = resolve(model_name, "--reward-model-name")
+    options = {"quantization_config": int8_config()} if load_in_8bit else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        # One label asked for: a checkpoint with several would load with a new, random head.
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
+            path, dtype=dtype, num_labels=1, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except Exception as error:  # a folder made elsewhere can be broken in any way
+        raise InputError(f"{flag}: could not be loaded ({type(error).__name__}: {error})") from None
+    random = list(loading["missing_keys"]) + [key[0] for key in loading["mismatched_keys"]]
+    if random:
+        raise InputError(f"{flag}: not a reward model with one label; without weights: {', '.join(random[:3])}")
+    if tokenizer.chat_template is None:
+        raise InputError(f"{flag}: its tokenizer has no chat template")
+    return model, tokenizer
+
+
+def int8_config():
+    """For from_pretrained: linear layers in int8 (LLM.int8(), arXiv:2208.07339), the score head left as it is.
+
+    Raises:
+        InputError: bitsandbytes is not installed. It is not in requirements.txt: where it is installed, every run imports it
+            with peft, which takes a second and prints lines of its own.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError(f"--reward-model-8bit: needs bitsandbytes, which is not installed; run: {INT8_INSTALL}")
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["score"])
+
+
+@dataclass(frozen=True)
+class RewardModelChoice:
+    """Which reward model a run uses, where and in what; from `choose_reward_model`."""
+
+    name: str | None  # None: the verifier alone decides
+    why: str
+    placement: str = "device"  # as Plan.reward_placement
+    device: torch.device | None = None
+    dtype: torch.dtype = torch.float32
+    load_in_8bit: bool = False
+    weights: float = 0.0  # bytes
+    failed: bool = False  # it was wanted, but cannot be had
+
+    def where(self) -> str:
+        places = {"device": self.device.type, "cpu": "cpu", "offload": f"{self.device.type} while it scores"}
+        return places[self.placement] + (", int8" if self.load_in_8bit else "")
+
+    def load(self) -> AceRewardModel:
+        return AceRewardModel(
+            self.name, self.device, self.dtype, system_prompt_for(self.name),
+            offload=self.placement == "offload", load_in_8bit=self.load_in_8bit,
+        )  # fmt: skip
+
+
+def choose_reward_model(
+    requested: str,
+    placement: str,
+    load_in_8bit: bool,
+    policy_name: str,
+    plan: Plan,
+    device: torch.device,
+    dtype: torch.dtype,
+    free: float,
+    host_free: float,
+) -> RewardModelChoice:
+    """Settle `--reward-model-name auto` and `--reward-model-device auto`, from configurations alone.
+
+    Args:
+        requested, placement, load_in_8bit: The flags' values.
+        policy_name: "embedded" has the embedded reward model beside it.
+        plan: Of the run without a reward model.
+        device, dtype: Where the policy computes, and in what.
+        free, host_free: Bytes free on the device and in the host's memory.
+
+    Raises:
+        InputError: The placement asked for cannot be.
+    """
+    if requested == "none":
+        return RewardModelChoice(None, "--reward-model-name none")
+    name, why = requested, "asked for"
+    if requested == "auto":
+        if policy_name == EMBEDDED:
+            name, why = EMBEDDED, "auto: it comes with the embedded policy"
+        elif device.type == "cuda":
+            name, why = ACEMATH, "auto"
+        else:
+            return RewardModelChoice(None, f"auto: {ACEMATH} needs a GPU, and this run is on {device.type}")
+    if placement in ("cuda", "offload") and device.type != "cuda":
+        raise InputError(f"--reward-model-device {placement}: this run is on {device.type}; leave it at auto")
+    if load_in_8bit and name == EMBEDDED:
+        raise InputError("--reward-model-8bit: the embedded reward model has no int8 form; it takes 0.3 GB as it is")
+    on_host = pick_dtype(torch.device("cpu"), "auto")
+    options = []
+    for place in {"auto": ("device", "offload", "cpu"), "cuda": ("device",)}.get(placement, (placement,)):
+        if place == "cpu" and device.type == "cpu":
+            place = "device"
+        where, what = (torch.device("cpu"), on_host) if place == "cpu" else (device, dtype)
+        try:
+            weights = reward_model_bytes(name, what, load_in_8bit)
+        except InputError as error:
+            return RewardModelChoice(None, str(error), failed=True)
+        options.append(RewardModelChoice(name, why, place, where, what, load_in_8bit, weights))
+    if placement != "auto" or device.type != "cuda":
+        return options[0]
+    room = lambda option: option.placement == "device" or option.weights <= host_free  # noqa: E731
+    fits = lambda option: replace(plan, reward_weights=option.weights, reward_placement=option.placement).most() <= free  # noqa: E731
+    if requested == "auto":  # on the CPU a model of 7 billion weights would take minutes a step: only where asked for
+        options = options[:2]
+    for option in options:
+        if room(option) and fits(option):
+            return option
+    if requested != "auto":
+        return options[0]
+    needed = replace(plan, reward_weights=options[0].weights).most()
+    return RewardModelChoice(
+        None, f"auto: {ACEMATH} and the policy need up to {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+    )
+
+
+def reward_model_bytes(name: str, dtype: torch.dtype, load_in_8bit: bool) -> float:
+    """Memory of a reward model's weights, from its configuration alone.
+
+    Raises:
+        InputError: It cannot be found.
+    """
+    flag = f"--reward-model-name {name}"
+    if name == EMBEDDED:
+        return float(skeleton(str(embedded_folder()), AutoModelForCausalLM, dtype, flag).num_parameters() * dtype.itemsize)
+    model = skeleton(resolve(name, "--reward-model-name"), AutoModelForSequenceClassification, dtype, flag, num_labels=1)
+    linear = sum(m.weight.numel() for key, m in model.named_modules() if isinstance(m, torch.nn.Linear) and key != "score")
+    return float(model.num_parameters() * dtype.itemsize - (linear * (dtype.itemsize - 1) if load_in_8bit else 0))
 
 
 def system_prompt_for(model_name: str) -> str | None:
     """The system message that a reward model was trained with: AceMath's for AceMath, none for others."""
     return ACEMATH_SYSTEM_PROMPT if "acemath" in model_name.lower() else None
-
-
-def choose_reward_model(
-    requested: str, policy_name: str, policy_parameters: int, device: torch.device, dtype: torch.dtype
-) -> tuple[str | None, str]:
-    """Settle `--reward-model-name auto` and `none`, once the policy is loaded.
-
-    Args:
-        requested: The flag's value.
-        policy_name: The policy's name; "embedded" is trained without a reward model of 14 GB.
-        policy_parameters: Weights of the policy that are trained.
-        device, dtype: Where the run computes, and in what.
-
-    Returns:
-        The name to load, or None, and the reason in words.
-    """
-    if requested == "none":
-        return None, "--reward-model-name none"
-    if requested != "auto":
-        return requested, "asked for"
-    if policy_name == "embedded":
-        return None, "auto: none is embedded beside the embedded policy"
-    if device.type != "cuda":
-        return None, f"auto: {ACEMATH} needs a GPU, and this run is on {device.type}"
-    torch.cuda.empty_cache()
-    free = torch.cuda.mem_get_info(device)[0]
-    # What is still to come: the reward model; per weight of the policy 4 bytes of gradient, 8 of Adam's moments and 2 of
-    # the gradient in bfloat16; and 4 GB for activations and caches.
-    needed = ACEMATH_PARAMETERS * dtype.itemsize + 14 * policy_parameters + 4e9
-    if free < needed:
-        return (
-            None,
-            f"auto: {ACEMATH} and the training of the policy need {needed / 1e9:.0f} GB, and {free / 1e9:.0f} GB are free",
-        )
-    return ACEMATH, f"auto: {free / 1e9:.0f} GB are free on the GPU, {needed / 1e9:.0f} GB needed"

@@ -2,6 +2,7 @@
 
 import math
 
+import mpmath
 import pytest
 import torch
 from hypothesis import given
@@ -59,6 +60,32 @@ def test_weights_take_their_keywords_and_do_not_overflow():
     assert get_our_final_reward(1.0, 0.0, 0.0, w_min=0.0, w_max=1.0) == pytest.approx(math.tanh(1))
     assert get_final_reward(1.0, 1e6, 0.0) == 0.5
     assert get_final_reward(1.0, 0.0, 1e6) == 2.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_10_000_random_inputs_agree_with_mpmath(dtype):
+    """The three functions, on whole tensors, against 30 decimal digits on the very numbers that the tensors hold."""
+    g = torch.Generator().manual_seed(0)
+    uniform = lambda low, high: torch.empty(10_000, dtype=dtype).uniform_(low, high, generator=g)  # noqa: E731
+    verdicts = torch.randint(0, 2, (10_000,), generator=g).to(dtype)
+    low, sigma_bar, sigma_u = uniform(-20, 20), uniform(0, 5), uniform(0, 5)
+    high = low + uniform(0, 10) * torch.randint(0, 2, (10_000,), generator=g)  # half of them equal bounds
+    rm_scores = low + (high - low) * uniform(-0.5, 1.5)  # some outside
+    eps, alpha, beta, w_min, w_max, k = 0.01, 0.37, 0.21, 0.4, 3.0, 6.0
+    r_hat = combine_hybrid_score(verdicts, rm_scores, low, high, eps, alpha, beta)
+    sigmoid = get_final_reward(r_hat, sigma_bar, sigma_u, w_min, w_max, k)
+    tanh = get_our_final_reward(r_hat, sigma_bar, sigma_u, w_min, w_max, k)
+    rows = torch.stack([verdicts, rm_scores, low, high, sigma_bar, sigma_u, r_hat, sigmoid, tanh], dim=1).double().tolist()
+    with mpmath.workdps(30):
+        for row in rows:
+            verdict, score, lowest, highest, bar, u, got_r_hat, got_sigmoid, got_tanh = map(mpmath.mpf, row)
+            n = (score - lowest) / (highest - lowest + mpmath.mpf(eps))
+            expected = (1 - beta) + 2 * beta * n if verdict == 1 else -alpha + 2 * alpha * n
+            assert abs(got_r_hat - expected) < 1e-6
+            w = w_min + (w_max - w_min) / (1 + mpmath.exp(-k * (u - bar)))
+            assert abs(got_sigmoid - w * expected) < 1e-6 * max(1, abs(w * expected))
+            w = w_min + (w_max - w_min) * mpmath.tanh(expected**3)
+            assert abs(got_tanh - w * expected) < 1e-6 * max(1, abs(w * expected))
 
 
 @given(verdict=st.sampled_from([0.0, 0.2, 1.0]), score=scores, low=scores, width=st.floats(0, 10, width=32))

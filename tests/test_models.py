@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 def test_the_embedded_model_has_the_right_end_token_and_answers():
-    policy, tokenizer = models.load_policy("embedded", CPU)
+    policy, tokenizer = models.load_policy("embedded", CPU), models.load_tokenizer("embedded")
     assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|im_end|>", 2)
     assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("<|endoftext|>", 0)
     assert models.stop_token_ids(policy, tokenizer) == [2]
@@ -31,7 +31,7 @@ def test_the_embedded_model_has_the_right_end_token_and_answers():
 
 
 def test_a_local_folder_loads_in_float32(policy_folder):
-    policy, tokenizer = models.load_policy(str(policy_folder), CPU)
+    policy, tokenizer = models.load_policy(str(policy_folder), CPU), models.load_tokenizer(str(policy_folder))
     assert {p.dtype for p in policy.parameters()} == {torch.float32}
     assert not policy.training
     assert models.stop_token_ids(policy, tokenizer) == [2]
@@ -72,14 +72,14 @@ def test_a_folder_without_a_tokenizer_is_refused(policy_folder, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(policy_folder, folder, ignore=shutil.ignore_patterns("tokenizer*", "chat_template*"))
     with pytest.raises(InputError, match=r"no tokenizer could be loaded.*tokenizer\.save_pretrained"):
-        models.load_policy(str(folder), CPU)
+        models.load_tokenizer(str(folder))
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused(policy_folder, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(policy_folder, folder, ignore=shutil.ignore_patterns("chat_template*"))
     with pytest.raises(InputError, match=r"no chat template.*chat or instruct version"):
-        models.load_policy(str(folder), CPU)
+        models.load_tokenizer(str(folder))
 
 
 def test_a_folder_with_damaged_weights_is_refused(policy_folder, tmp_path):
@@ -102,7 +102,7 @@ def test_a_generation_config_that_transformers_would_not_save_is_mended(policy_f
     shutil.copytree(policy_folder, folder)
     config = json.loads((folder / "generation_config.json").read_text())
     (folder / "generation_config.json").write_text(json.dumps(config | {"temperature": 0.5, "top_p": 0.9}))
-    policy, _ = models.load_policy(str(folder), CPU)
+    policy = models.load_policy(str(folder), CPU)
     policy.save_pretrained(tmp_path / "saved")
 
 

@@ -1,27 +1,63 @@
-"""The reward model: the exact text it reads, and scores that depend on nothing but that text."""
+"""The reward model: the exact text it reads, scores that depend on nothing but that text, and where it is put."""
 
 import shutil
+from contextlib import contextmanager
 
 import pytest
 import torch
+from tokenizers import processors
+from transformers import Qwen2ForSequenceClassification
 
+import train
 from src.errors import InputError
-from src.reward_model import AceRewardModel, choose_reward_model
+from src.memory import ModelSize, Plan
+from src.reward_model import ACEMATH_SYSTEM_PROMPT, AceRewardModel, choose_reward_model, reward_model_bytes
 
 SYSTEM = "Please reason step by step, and check your final answer within \\boxed{}."
 RESPONSES = ["8", "5 + 3 = 8, so \\boxed{8}", "It is nine. " * 10, "", "8"]
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+# Qwen 2's, which AceMath's is for messages without tools.
+CHATML = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def reward_model(reward_model_folder):
-    return AceRewardModel(str(reward_model_folder), dtype=torch.float32, batch_size=3)
+    return AceRewardModel(str(reward_model_folder), dtype=torch.float32, batch_tokens=500)
 
 
-def test_the_text_is_the_model_cards(reward_model):
-    ids = reward_model.encode("What is 5 + 3?", "8")
-    text = f"<|system|>\n{SYSTEM}</s>\n<|user|>\nWhat is 5 + 3?</s>\n<|assistant|>\n8</s>\n"
-    assert reward_model.tokenizer.decode(ids) == text
-    assert ids == reward_model.tokenizer.encode(text, add_special_tokens=False)
+def changed_folder(reward_model_folder, tokenizer, path):
+    """A copy of the reward model with another tokenizer."""
+    shutil.copytree(reward_model_folder, path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def test_the_text_is_the_model_cards(reward_model_folder, tokenizer, tmp_path):
+    """AceMath-7B-RM's card, "How to use": apply_chat_template(tokenize=False, add_generation_prompt=False), then encode."""
+    tokenizer = type(tokenizer).from_pretrained(reward_model_folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHATML
+    model = AceRewardModel(changed_folder(reward_model_folder, tokenizer, tmp_path / "rm"), dtype=torch.float32)
+    assert SYSTEM == ACEMATH_SYSTEM_PROMPT
+    ids = model.encode("What is 5 + 3?", " 5 + 3 = \\boxed{8}\n")
+    expected = (
+        "<|im_start|>system\nPlease reason step by step, and check your final answer within \\boxed{}.<|im_end|>\n"
+        "<|im_start|>user\nWhat is 5 + 3?<|im_end|>\n<|im_start|>assistant\n 5 + 3 = \\boxed{8}\n<|im_end|>\n"
+    )
+    assert model.tokenizer.decode(ids).encode() == expected.encode()
+    start, end = model.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    assert (ids.count(start), ids.count(end)) == (3, 3)
+
+
+def test_a_tokenizer_that_adds_special_tokens_does_not_double_the_templates(reward_model_folder, tokenizer, tmp_path):
+    tokenizer = type(tokenizer).from_pretrained(reward_model_folder)
+    template = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    tokenizer.backend_tokenizer.post_processor = template
+    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    assert tokenizer.encode("x")[0] == 1
+    ids = AceRewardModel(changed_folder(reward_model_folder, tokenizer, tmp_path / "rm"), dtype=torch.float32).encode("q", "8")
+    assert ids[0] == 1 and ids.count(1) == 1
+    assert ids.count(2) == 3  # one a turn
 
 
 def by_hand(reward_model, prompt, response):
@@ -31,23 +67,47 @@ def by_hand(reward_model, prompt, response):
         return reward_model.model.score(reward_model.model.model(ids).last_hidden_state[0, -1]).item()
 
 
-def test_batched_scores_equal_single_ones_and_the_head_at_the_last_token(reward_model):
-    scores = reward_model.compute_batch_reward("What is 5 + 3?", RESPONSES)
-    assert scores.shape == (5,) and scores.dtype == torch.float32
-    for response, score in zip(RESPONSES, scores.tolist(), strict=True):
-        assert score == pytest.approx(reward_model.compute_reward("What is 5 + 3?", response), abs=1e-4)
-        assert score == pytest.approx(by_hand(reward_model, "What is 5 + 3?", response), abs=1e-4)
-    assert scores[0] == scores[4]
-    assert len(set(scores.tolist())) == 4
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("batch_tokens", [200, 2000, 20000])
+def test_32_scores_equal_single_ones_and_the_head_at_the_last_token(reward_model_folder, side, batch_tokens):
+    model = AceRewardModel(str(reward_model_folder), dtype=torch.float32, batch_tokens=batch_tokens)
+    model.tokenizer.padding_side = side
+    responses = [f"{'word ' * (7 * i % 61)}so the answer is {i}" for i in range(32)]
+    scores = model.compute_batch_reward("What is 5 + 3?", responses)
+    assert scores.shape == (32,) and scores.dtype == torch.float32
+    for response, score in zip(responses, scores.tolist(), strict=True):
+        assert score == pytest.approx(model.compute_reward("What is 5 + 3?", response), abs=1e-5)
+        assert score == pytest.approx(by_hand(model, "What is 5 + 3?", response), abs=1e-5)
+    assert len(set(scores.tolist())) == 32
 
 
 def test_a_question_for_each_response(reward_model):
     prompts = ["a?", "b?", "c?"]
     scores = reward_model.compute_batch_reward(prompts, ["8", "8", "8"])
     for prompt, score in zip(prompts, scores.tolist(), strict=True):
-        assert score == pytest.approx(by_hand(reward_model, prompt, "8"), abs=1e-4)
+        assert score == pytest.approx(by_hand(reward_model, prompt, "8"), abs=1e-5)
     with pytest.raises(ValueError, match="zip"):
         reward_model.compute_batch_reward(["a?"], ["8", "8"])
+
+
+def recorded(reward_model, monkeypatch) -> list[list]:
+    """The batches that go through the model from now on."""
+    forward, batches = reward_model._forward, []
+    monkeypatch.setattr(reward_model, "_forward", lambda texts: batches.append(texts) or forward(texts))
+    return batches
+
+
+def test_batches_hold_each_text_once_and_keep_to_their_tokens(reward_model, monkeypatch):
+    batches = recorded(reward_model, monkeypatch)
+    scores = reward_model.score_texts("q", [*RESPONSES, "x" * 900, *RESPONSES])
+    flat = [text for batch in batches for text in batch]
+    assert len(flat) == len(set(flat)) == 5
+    assert scores[0] == scores[4] == scores[6]
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(map(len, batch)) <= 500
+    assert max(map(len, batches)) > 1
+    assert not reward_model.model.training and not any(p.requires_grad for p in reward_model.model.parameters())
+    assert not scores.requires_grad
 
 
 def test_a_long_response_loses_its_start(reward_model_folder):
@@ -57,28 +117,58 @@ def test_a_long_response_loses_its_start(reward_model_folder):
     assert len(ids) == 150
     assert text.startswith(f"<|system|>\n{SYSTEM}</s>\n<|user|>\nWhat is 5 + 3?</s>\n<|assistant|>\n")
     assert text.endswith("right 8</s>\n")
+    assert short.truncated == 1
+    short.score_texts("What is 5 + 3?", ["8", "long " * 50, "8"])
+    assert short.truncated == 2
 
 
-@pytest.mark.parametrize("fault", ["raises", "nan"])
-def test_a_batch_that_fails_scores_zero_and_is_counted(reward_model_folder, monkeypatch, capsys, fault):
-    model = AceRewardModel(str(reward_model_folder), dtype=torch.float32, batch_size=2)
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_out_of_memory_halves_the_batch_and_goes_on(reward_model_folder, monkeypatch, capsys, error):
+    model = AceRewardModel(str(reward_model_folder), dtype=torch.float32)
+    responses = [str(i) * (i + 1) for i in range(9)]
+    good = model.score_texts("q", responses)
+    forward = model._forward
+
+    def small_card(texts):
+        if len(texts) > 2:
+            raise error
+        return forward(texts)
+
+    monkeypatch.setattr(model, "_forward", small_card)
+    torch.testing.assert_close(model.score_texts("q", responses), good, atol=1e-5, rtol=0)
+    assert model.failed == 0 and model.batch_tokens < 1000
+    assert "no memory to score 9 texts at once" in capsys.readouterr().out
+    calls = recorded(model, monkeypatch)
+    model.score_texts("q", responses[:4])
+    assert max(map(len, calls)) <= 4  # the next batches begin small
+
+
+@pytest.mark.parametrize("fault", ["raises", "out of memory", "nan", "inf"])
+def test_what_cannot_be_scored_is_zero_and_counted(reward_model_folder, monkeypatch, capsys, fault):
+    model = AceRewardModel(str(reward_model_folder), dtype=torch.float32)
     good = model.compute_batch_reward("q", RESPONSES)
-    forward, calls = model._forward, []
+    forward, longest = model._forward, max(model.encode("q", r) for r in RESPONSES)
 
-    def faulty(encoded):
-        calls.append(len(encoded))
-        if len(calls) == 2:
-            if fault == "raises":
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            return torch.full((len(encoded),), torch.nan)
-        return forward(encoded)
+    def faulty(texts):
+        if longest in texts:
+            if fault == "out of memory":
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            if fault == "raises" and len(texts) == 1:
+                raise RuntimeError("CUBLAS_STATUS_EXECUTION_FAILED")
+            if fault in ("nan", "inf"):
+                return torch.where(torch.tensor([t == longest for t in texts]), torch.tensor(float(fault)), forward(texts))
+        return forward(texts)
 
     monkeypatch.setattr(model, "_forward", faulty)
+    model.batch_tokens = 1  # one by one
     scores = model.compute_batch_reward("q", RESPONSES)
-    assert model.failed == 2
-    assert (scores == 0).sum() == 2 and (scores == good).sum() == 3
-    if fault == "raises":
-        assert "out of memory" in capsys.readouterr().out
+    assert model.failed == 1
+    torch.testing.assert_close(scores, torch.where(scores == 0, 0.0, good), atol=1e-5, rtol=0)
+    assert (scores == 0).sum() == 1
+    if fault in ("raises", "out of memory"):
+        assert "failed on 1 texts" in capsys.readouterr().out
 
 
 def test_what_is_not_a_reward_model_is_refused(policy_folder, tmp_path):
@@ -86,28 +176,6 @@ def test_what_is_not_a_reward_model_is_refused(policy_folder, tmp_path):
         AceRewardModel(str(policy_folder))
     with pytest.raises(InputError, match="no such folder"):
         AceRewardModel(str(tmp_path / "none"))
-
-
-def test_auto_says_which_and_why():
-    cpu = torch.device("cpu")
-    dtype = torch.bfloat16
-    assert choose_reward_model("auto", "embedded", 10, cpu, dtype)[0] is None
-    name, why = choose_reward_model("auto", "TinyLlama/TinyLlama-1.1B-Chat-v1.0", 10, cpu, dtype)
-    assert name is None and "needs a GPU" in why
-    assert choose_reward_model("none", "x", 10, cpu, dtype)[0] is None
-    assert choose_reward_model("some/model", "x", 10, cpu, dtype)[0] == "some/model"
-
-
-@pytest.mark.parametrize(
-    ("card_gb", "dtype", "expected"),
-    [(48, torch.bfloat16, True), (40, torch.bfloat16, False), (48, torch.float32, False), (80, torch.float32, True)],
-)
-def test_auto_weighs_what_is_still_to_come_against_what_is_free(monkeypatch, card_gb, dtype, expected):
-    """TinyLlama in bfloat16 has 8 bytes a weight loaded (compute, reference, master); in float32 too (itself, reference)."""
-    free = card_gb * 10**9 - 8 * 1_100_000_000
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, card_gb * 10**9))
-    name, why = choose_reward_model("auto", "TinyLlama/TinyLlama-1.1B-Chat-v1.0", 1_100_000_000, torch.device("cuda"), dtype)
-    assert (name is not None) == expected and f"{free / 1e9:.0f} GB are free" in why
 
 
 def test_a_template_without_a_system_role_is_refused_or_used_without(reward_model_folder, tokenizer, tmp_path):
@@ -120,3 +188,124 @@ def test_a_template_without_a_system_role_is_refused_or_used_without(reward_mode
         AceRewardModel(str(folder))
     plain = AceRewardModel(str(folder), system_prompt=None)
     assert plain.tokenizer.decode(plain.encode("q", "8")) == "<|user|>\nq</s>\n<|assistant|>\n8</s>\n"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Where it is put
+
+
+def test_offload_scores_the_same_and_leaves_the_weights_at_home(reward_model_folder, reward_model):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AceRewardModel(str(reward_model_folder), device, torch.float32, offload=True)
+    homes = [home.data_ptr() for home in model.homes]
+    torch.testing.assert_close(model.score_texts("q", RESPONSES), reward_model.score_texts("q", RESPONSES), atol=1e-5, rtol=0)
+    assert [w.data_ptr() for w in model.model.parameters()] == homes
+    assert {w.device.type for w in model.model.parameters()} == {"cpu"}
+
+
+def test_offload_without_room_for_the_weights_scores_neutrally(reward_model_folder, monkeypatch, capsys):
+    model = AceRewardModel(str(reward_model_folder), dtype=torch.float32, offload=True)
+
+    @contextmanager
+    def no_room():
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+        yield
+
+    monkeypatch.setattr(model, "_on_device", no_room)
+    assert model.score_texts("q", RESPONSES).isnan().all()
+    assert model.failed == 5 and "could not be moved" in capsys.readouterr().out
+
+
+def test_int8_without_bitsandbytes_says_what_to_install(reward_model_folder, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"needs bitsandbytes.*pip install bitsandbytes==0\.50\.2"):
+        AceRewardModel(str(reward_model_folder), load_in_8bit=True)
+
+
+def test_int8_scores_are_close_and_its_linear_layers_small(reward_model_folder, reward_model):
+    pytest.importorskip("bitsandbytes")
+    model = AceRewardModel(str(reward_model_folder), dtype=torch.float32, load_in_8bit=True)
+    exact, rounded = reward_model.score_texts("q", RESPONSES), model.score_texts("q", RESPONSES)
+    assert 0 < (exact - rounded).abs().max() < 0.05 * exact.abs().max()
+    assert model.model.model.layers[0].mlp.up_proj.weight.dtype == torch.int8
+    assert model.model.score.weight.dtype == torch.float32
+
+
+def test_the_bytes_of_a_reward_model_come_from_its_configuration(reward_model_folder):
+    name = str(reward_model_folder)
+    model = Qwen2ForSequenceClassification.from_pretrained(name)
+    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear)) - model.score.weight.numel()
+    assert reward_model_bytes(name, torch.float32, False) == 4 * model.num_parameters()
+    assert reward_model_bytes(name, torch.bfloat16, False) == 2 * model.num_parameters()
+    assert reward_model_bytes(name, torch.float32, True) == 4 * model.num_parameters() - 3 * linear
+    assert reward_model_bytes("embedded", torch.bfloat16, False) == 2 * 134_515_008
+
+
+def plan(device: str) -> Plan:
+    """A run that takes 10 GB and the program's share, of which 4 GB come and go with the gradients."""
+    policy = ModelSize(weights=10**9, trained=0, itemsize=2, activation=4e6, cache=0.0, vocabulary=0)
+    return Plan(policy, device, 0, 1, 1000, 0, 1, reference=True)
+
+
+def choose(free_gb=100.0, host_gb=100.0, requested="auto", placement="auto", eight_bit=False, policy="some/model", device=CUDA):
+    return choose_reward_model(
+        requested, placement, eight_bit, policy, plan(device.type), device, torch.bfloat16, free_gb * 1e9, host_gb * 1e9
+    )
+
+
+@pytest.fixture
+def acemath_of_14_gb(monkeypatch):
+    monkeypatch.setattr(
+        "src.reward_model.reward_model_bytes", lambda name, dtype, eight_bit: 7e9 * (1 if eight_bit else dtype.itemsize)
+    )
+
+
+@pytest.mark.parametrize(
+    ("free_gb", "host_gb", "requested", "expected"),
+    [
+        (24, 99, "auto", "device"),  # 0.8 + 4 + 4 + 14 = 22.8
+        (20, 99, "auto", "offload"),  # 0.8 + 4 + max(4, 14) = 18.8
+        (20, 10, "auto", None),
+        (15, 99, "auto", None),
+        (15, 99, "some/reward-model", "cpu"),
+        (24, 1, "some/reward-model", "device"),
+        (5, 1, "some/reward-model", "device"),  # nowhere: check_fits refuses it with the ways out
+    ],
+)
+def test_auto_takes_the_first_place_with_room(acemath_of_14_gb, free_gb, host_gb, requested, expected):
+    choice = choose(free_gb, host_gb, requested)
+    assert (choice.placement if choice.name else None) == expected
+    if choice.name is None:
+        assert f"{free_gb:.1f} GB are free" in choice.why and "22.8 GB" in choice.why
+    elif expected == "cpu":
+        assert choice.device == CPU
+    else:
+        assert choice.device == CUDA and choice.dtype == torch.bfloat16
+
+
+def test_the_placement_asked_for_is_taken(acemath_of_14_gb):
+    assert choose(1, 1, "x", "cuda").placement == "device"
+    assert choose(99, 99, "x", "offload").placement == "offload"
+    assert choose(99, 99, "x", "cpu").device == CPU
+    assert choose(99, 99, "x", "cpu", device=CPU).placement == "device"
+    assert choose(99, 99, "x", eight_bit=True).weights == 7e9
+    for placement in ("cuda", "offload"):
+        with pytest.raises(InputError, match=f"--reward-model-device {placement}: this run is on cpu"):
+            choose(99, 99, "x", placement, device=CPU)
+
+
+def test_auto_says_which_and_why():
+    assert choose(policy="embedded", device=CPU).name == "embedded"
+    choice = choose(policy="TinyLlama/TinyLlama-1.1B-Chat-v1.0", device=CPU)
+    assert choice.name is None and "needs a GPU" in choice.why
+    assert choose(requested="none").name is None
+    with pytest.raises(InputError, match="no int8 form"):
+        choose(requested="embedded", eight_bit=True)
+    with pytest.raises(InputError, match="--reward-model-8bit"):
+        train.main(reward_model_8bit=True, reward_model_device="offload")
+
+
+def test_a_reward_model_that_cannot_be_found_is_a_warning_with_its_reason(capsys):
+    choice = choose(requested="./nowhere")
+    assert choice.failed and train.load_reward_model(choice) is None
+    assert "warning: no reward model, the verifier alone decides: --reward-model-name ./nowhere" in capsys.readouterr().out

@@ -1,0 +1,117 @@
+"""The embedded reward model: what it reads, how it counts, and whether it tells right from wrong."""
+
+import json
+import random
+import re
+
+import pytest
+import torch
+
+from benchmarks.judge import STYLES, auc, written
+from data.make_judge import held_out_expressions, problem, wrong_answer
+from data.make_judge import main as make_judge
+from src.judge import JUDGE_FOLDER, NO_ANSWER, answer_log_probs, judge_text, plain_answer
+from src.models import pick_dtype
+from src.reward_model import AceRewardModel
+from tests.conftest import ROOT
+from train import read_prompts
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return AceRewardModel("embedded", dtype=pick_dtype(torch.device("cpu"), "auto"))
+
+
+@pytest.mark.parametrize(
+    ("response", "expected"),
+    [
+        ("8", "8"),
+        ("The answer is $1,008.00.", "1008"),
+        ("so \\boxed{\\frac{1}{2}}", "0.5"),
+        ("It is eight.", "8"),
+        ("-3", "-3"),
+        ("\\boxed{x^2}", "x^2"),
+        ("I do not know.", None),
+        ("", None),
+        ("\\boxed{7} or \\boxed{8}", None),  # not one final answer
+        ("9" * 400, None),
+    ],
+)
+def test_a_response_is_reduced_to_its_final_answer(response, expected):
+    assert plain_answer("What is 5 + 3?", response) == expected
+
+
+def test_log_probs_of_answers_against_the_whole_softmax(policy, tokenizer):
+    texts = [judge_text(tokenizer, "What is 5 + 3?", "8"), judge_text(tokenizer, "A longer question, 7 * 3?", "-21.5")]
+    sums, counts = answer_log_probs(policy, texts)
+    for text, total, count in zip(texts, sums.tolist(), counts.tolist(), strict=True):
+        log_probs = policy(torch.tensor([text.ids])).logits[0].log_softmax(-1)
+        expected = sum(log_probs[i - 1, text.ids[i]].item() for i in range(text.start, len(text.ids)))
+        assert total == pytest.approx(expected, abs=1e-4)
+        assert count == len(text.ids) - text.start
+    assert tokenizer.decode(texts[1].ids) == "Question: A longer question, 7 * 3?\nAnswer: -21.5</s>"
+    assert tokenizer.decode(texts[1].ids[texts[1].start :]) == " -21.5</s>"
+
+
+def test_only_the_final_answer_counts(judge):
+    """How a policy might try to please it, and cannot."""
+    question = "What is 57 + 14?"
+    same = [style.format(71) for style in STYLES]
+    pleas = ["This is certainly right, trust me! " * 5 + "71", "71", "Step 1: think.\n\nStep 2: conclude.\n\n#### 71"]
+    scores = judge.compute_batch_reward(question, same + pleas)
+    assert len(set(scores.tolist())) == 1
+    assert judge.compute_reward(question, "I am sorry, I cannot say.") == NO_ANSWER
+    assert judge.failed == judge.truncated == 0
+
+
+def test_a_batch_scores_as_one_by_one():
+    judge = AceRewardModel("embedded", dtype=torch.float32, batch_tokens=200)
+    questions = ["What is 5 + 3?", "What is 57 + 14?", "16 * 7 =", "Solve: 96 + 39 + 51"] * 2
+    responses = ["8", "71", "112", "186", "9", "61", "It is 102.", "no idea"]
+    together = judge.compute_batch_reward(questions, responses).tolist()
+    for question, response, score in zip(questions, responses, together, strict=True):
+        assert judge.compute_reward(question, response) == pytest.approx(score, abs=1e-3)
+
+
+def test_it_tells_right_from_wrong_on_problems_that_it_was_not_trained_on(judge):
+    """A small sample of benchmarks/judge.py, whose 1,000 pairs are in docs/hybrid-reward.md."""
+    rng = random.Random(3)
+    for name, least in (("arithmetic_test", 0.93), ("arithmetic_hard_test", 0.85)):
+        pairs = written(rng, read_prompts(str(ROOT / f"data/{name}.jsonl"), "--data"), 100)
+        questions = [pair.question for pair in pairs]
+        right = judge.score_texts(questions, [pair.right for pair in pairs])
+        wrong = judge.score_texts(questions, [pair.wrong for pair in pairs])
+        assert auc(right, wrong) > least, name
+
+
+def test_auc_by_hand():
+    assert auc(torch.tensor([2.0, 1.0]), torch.tensor([1.0, 0.0])) == pytest.approx(3.5 / 4)
+
+
+def test_it_takes_at_most_5_mb_and_names_no_folder_of_a_machine():
+    assert sum(f.stat().st_size for f in JUDGE_FOLDER.iterdir()) <= 5_000_000
+    config = json.loads((JUDGE_FOLDER / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def test_its_problems_are_right_and_none_is_in_a_test_file():
+    """Sums that are tested are also left out in the other order, and where a story hides the expression."""
+    rng, held_out = random.Random(5), held_out_expressions()
+    pairs = {frozenset(e.split(" + ")) for e in held_out if re.fullmatch(r"\d+ \+ \d+", e)}
+    for _ in range(5000):
+        question, answer, terms = problem(rng, held_out)
+        expression = re.search(r"\d+(?: [-+*/] \d+)+", question)
+        if expression:
+            assert expression[0] not in held_out
+            assert eval(expression[0]) == answer  # the digits and signs of the line above, nothing else
+        if len(terms) == 2 and answer == sum(terms) not in (terms[0] * terms[1], terms[0] - terms[1]):
+            assert frozenset(map(str, terms)) not in pairs
+        assert wrong_answer(rng, answer, terms) not in (answer, -1)
+
+
+def test_the_script_that_made_it_runs_and_repeats(tmp_path):
+    for name in ("a", "b"):
+        make_judge(steps=2, batch=2, output=tmp_path / name)
+    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("a", "b")]
+    assert weights[0] == weights[1]
+    assert {f.name for f in (tmp_path / "a").iterdir()} == {f.name for f in JUDGE_FOLDER.iterdir()}

@@ -1,0 +1,140 @@
+"""train.score: from verdicts and reward-model scores to rewards, with every way in which scores can be odd."""
+
+import math
+import statistics
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import train
+from src.grpo import compute_advantages
+from src.hybrid_reward import RunningMean
+
+finite = st.floats(-30, 30, width=32)
+odd = st.one_of(finite, st.sampled_from([math.nan, 0.0, -1.5]))
+SETTINGS = dict(
+    min_rm=-2.0, max_rm=3.0, rm_bounds="warmup", alpha=0.5, beta=0.5, eps=0.01, reward_mode="hybrid", reward_scorer="sigmoid",
+    w_min=0.5, w_max=2.0, k=5.0,
+)  # fmt: skip
+
+
+class Verifier:
+    """Right where the completion says so."""
+
+    def verify_batch(self, questions, completions, answers):
+        return [{"correct": c == "right", "reward": float(c == "right"), "parsed_answer": c} for c in completions]
+
+
+class RewardModel:
+    def __init__(self, scores):
+        self.scores = scores
+
+    def score_texts(self, questions, completions):
+        return torch.tensor(self.scores)
+
+
+def score(verdicts, rm_scores, group_size=4, **changes):
+    n, sigma_bar = len(verdicts), RunningMean()
+    completions = ["right" if v else "wrong" for v in verdicts]
+    reward_model = None if rm_scores is None else RewardModel(rm_scores)
+    return train.score(
+        Verifier(), reward_model, ["q"] * n, ["a"] * n, completions, group_size, sigma_bar=sigma_bar, **SETTINGS | changes
+    ), sigma_bar
+
+
+def by_hand(verdicts, rm_scores, group_size, scorer):
+    """The same for the default settings, one completion at a time, with floats."""
+    held = [0.5 if math.isnan(s) else min(max(s, -2.0), 3.0) for s in rm_scores]
+    sigmas = [statistics.stdev(held[i : i + group_size]) for i in range(0, len(held), group_size)]
+    rewards = []
+    for i, (verdict, s) in enumerate(zip(verdicts, held, strict=True)):
+        n = (s + 2.0) / 5.01
+        r_hat = 0.5 + n if verdict else -0.5 + n
+        x = 5.0 * (sigmas[i // group_size] - statistics.mean(sigmas))
+        w = 0.5 + 1.5 / (1 + math.exp(-x)) if scorer == "sigmoid" else 0.5 + 1.5 * math.tanh(r_hat**3)
+        rewards.append(w * r_hat)
+    return rewards
+
+
+@given(
+    st.lists(st.tuples(st.booleans(), odd), min_size=8, max_size=8),
+    st.sampled_from([1, 2]),
+    st.sampled_from(["sigmoid", "tanh"]),
+)
+def test_scores_are_the_scalar_formulas(rows, questions, scorer):
+    verdicts, rm_scores = zip(*rows, strict=True)
+    scores, sigma_bar = score(verdicts, rm_scores, 8 // questions, reward_scorer=scorer)
+    expected = by_hand(verdicts, rm_scores, 8 // questions, scorer)
+    torch.testing.assert_close(scores.rewards, torch.tensor(expected), atol=1e-5, rtol=0)
+    assert sigma_bar.count == questions
+
+
+@pytest.mark.parametrize("bounds", ["warmup", "group"])
+@pytest.mark.parametrize("mode", ["hybrid", "verifier", "rm"])
+@given(rows=st.lists(st.tuples(st.booleans(), odd), min_size=4, max_size=4))
+def test_whatever_the_reward_model_says_all_is_finite_and_right_is_not_below_wrong(bounds, mode, rows):
+    verdicts, rm_scores = zip(*rows, strict=True)
+    scores, _ = score(verdicts, rm_scores, rm_bounds=bounds, reward_mode=mode)
+    for name in ("rm_scores", "n", "sigma_u", "r_hat", "weights", "rewards"):
+        assert getattr(scores, name).isfinite().all(), name
+    assert compute_advantages(scores.rewards, 4, "batch").isfinite().all()
+    assert (scores.n >= 0).all() and (scores.n <= 1).all()
+    right, wrong = scores.r_hat[scores.rule_rewards == 1], scores.r_hat[scores.rule_rewards == 0]
+    if mode != "rm" and len(right) and len(wrong):
+        assert right.min() >= wrong.max() - 1e-6
+
+
+@pytest.mark.parametrize("bounds", ["warmup", "group"])
+@pytest.mark.parametrize("scorer", ["sigmoid", "tanh"])
+@given(value=finite, verdict=st.booleans())
+def test_equal_scores_have_no_advantage(bounds, scorer, value, verdict):
+    scores, _ = score([verdict] * 4, [value] * 4, rm_bounds=bounds, reward_scorer=scorer)
+    assert scores.sigma_u.tolist() == [0.0] * 4
+    assert compute_advantages(scores.rewards, 4, "group").tolist() == [0.0] * 4
+
+
+def test_a_failed_score_is_neutral():
+    scores, _ = score([True, False, False, True], [math.nan, math.nan, 3.0, 3.0])
+    assert scores.rm_scores.tolist() == [0.5, 0.5, 3.0, 3.0]
+    torch.testing.assert_close(scores.r_hat[:2], torch.tensor([0.5 + 2.5 / 5.01, -0.5 + 2.5 / 5.01]))
+    assert scores.rm_clamped.tolist() == [False] * 4
+    everything_failed, _ = score([False] * 4, [math.nan] * 4, rm_bounds="group")
+    assert everything_failed.r_hat.tolist() == [-0.5] * 4
+
+
+def test_what_is_outside_the_bounds_is_held_and_counted():
+    scores, _ = score([False] * 4, [-9.0, -2.0, 3.0, 9.0])
+    assert scores.rm_clamped.tolist() == [True, False, False, True]
+    assert scores.r_hat[0] == scores.r_hat[1] == -0.5 and scores.r_hat[2] == scores.r_hat[3]
+    assert scores.rm_scores.tolist() == [-9.0, -2.0, 3.0, 9.0]  # raw, for the log
+
+
+def test_without_a_reward_model_two_rewards_are_left():
+    scores, _ = score([True, False, False, True], None, min_rm=0.0, max_rm=0.0)
+    assert scores.r_hat.tolist() == [0.5, -0.5, -0.5, 0.5]
+    assert scores.rewards.tolist() == [0.5 * 1.25, -0.5 * 1.25, -0.5 * 1.25, 0.5 * 1.25]
+
+
+def test_the_ablations_reward_the_bare_verdict_and_the_bare_score():
+    verdicts, rm_scores = [True, False, False, True], [-2.0, 3.0, 0.5, 0.5]
+    assert score(verdicts, rm_scores, reward_mode="verifier")[0].rewards.tolist() == [1.0, 0.0, 0.0, 1.0]
+    rewards = score(verdicts, rm_scores, reward_mode="rm")[0].rewards
+    torch.testing.assert_close(rewards, torch.tensor([0.0, 5 / 5.01, 2.5 / 5.01, 2.5 / 5.01]))
+
+
+def test_under_a_groups_own_std_the_sigmoid_weight_and_the_band_cancel():
+    """Why the default divides by the std of the batch (docs/hybrid-reward.md)."""
+    verdicts, rm_scores = [False] * 4 + [True] * 4, [-1.0, 0.0, 1.0, 2.9, -0.1, 0.0, 0.1, 0.2]
+    advantages = {}
+    for alpha, k in ((0.5, 5.0), (0.05, 5.0), (0.5, 0.0)):
+        scores, _ = score(verdicts, rm_scores, alpha=alpha, k=k)
+        for scale in ("group", "batch"):
+            advantages[alpha, k, scale] = compute_advantages(scores.rewards, 4, scale)
+    for alpha, k in ((0.05, 5.0), (0.5, 0.0)):
+        torch.testing.assert_close(advantages[0.5, 5.0, "group"], advantages[alpha, k, "group"], atol=1e-4, rtol=1e-3)
+        assert (advantages[0.5, 5.0, "batch"] - advantages[alpha, k, "batch"]).abs().max() > 0.1
+    # The right answers differ by a few hundredths of a point; their own std makes that as much as the wrong ones' points.
+    assert advantages[0.5, 5.0, "group"][4:].abs().max() > 1.0
+    assert advantages[0.5, 5.0, "batch"][4:].abs().max() < 0.2
