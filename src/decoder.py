@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-LLAMA_LIKE = ("llama", "mistral", "qwen2")  # RMSNorm, rotary positions, grouped heads, SwiGLU, and nothing else
-FIXED_ROTARY = ("default", "linear", "llama3", "yarn")  # whose angles depend on the position alone
+from src import llama
+from src.logprobs import head_logits, head_weight
 
 
 class Decoder(Protocol):
@@ -35,7 +35,7 @@ class Decoder(Protocol):
 
 def make_decoder(model: PreTrainedModel, rows: int, columns: int) -> Decoder:
     """The fastest decoder that the model has, for a batch of `rows`, each at most `columns` tokens with its padding."""
-    return LlamaDecoder(model, rows, columns) if LlamaDecoder.fits(model) else GeneralDecoder(model)
+    return LlamaDecoder(model, rows, columns) if llama.fits(model) else GeneralDecoder(model)
 
 
 class GeneralDecoder:
@@ -72,23 +72,9 @@ class LlamaDecoder:
     """A Llama-like model on a CPU, weights laid out once for the matrix products of many steps, cache allocated once.
 
     The weights are read when it is made: make another after the model has changed. Where they are bfloat16 it holds a copy
-    of them. Equal to the general forward up to rounding (tests/test_decoder.py).
+    of them. Equal to the general forward up to rounding (tests/test_decoder.py), and rounded where `llama.packed_hidden` is, so
+    that training finds the log-probs that were sampled from.
     """
-
-    @staticmethod
-    def fits(model: PreTrainedModel) -> bool:
-        """Whether the model is one that this class computes, down to plain linear layers."""
-        config = model.config
-        if model.device.type != "cpu" or config.model_type not in LLAMA_LIKE or config.hidden_act != "silu":
-            return False
-        if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or []):
-            return False
-        if config.model_type == "mistral" and config.sliding_window is not None:
-            return False
-        if config.rope_parameters["rope_type"] not in FIXED_ROTARY:
-            return False
-        projections = [m for name, m in model.named_modules() if name.endswith(("_proj", "lm_head"))]
-        return all(type(m) is nn.Linear for m in projections)  # an adapter, added to rounded weights, would mostly be lost
 
     def __init__(self, model: PreTrainedModel, rows: int, columns: int):
         config, inner = model.config, model.model
@@ -97,37 +83,43 @@ class LlamaDecoder:
         self.head_dim = inner.layers[0].self_attn.head_dim
         self.layers = [
             (
-                layer.input_layernorm,
+                layer.input_layernorm.weight,
                 _linear(rows, layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
                 _linear(rows, layer.self_attn.o_proj),
-                layer.post_attention_layernorm,
+                layer.post_attention_layernorm.weight,
                 _linear(rows, layer.mlp.gate_proj, layer.mlp.up_proj),
                 _linear(rows, layer.mlp.down_proj),
             )
             for layer in inner.layers
         ]
-        self.head = _linear(rows, model.lm_head)
-        cos, sin = inner.rotary_emb(torch.empty(0, dtype=model.dtype), torch.arange(columns)[None])  # (1, columns, D) each
-        half = self.head_dim // 2
-        # x cos + rotate_half(x) sin, with the minus of rotate_half moved into the sine.
-        self.cos, self.sin = cos[0, :, None], torch.cat([-sin[0, :, :half], sin[0, :, half:]], dim=-1)[:, None]  # (columns, 1, D)
+        self.eps = config.rms_norm_eps
+        self.head = head_weight(model.lm_head.weight)
+        self.cos, self.sin = llama.rotary(model, torch.arange(columns))  # (columns, 1, D)
         # Pages of it are taken as they are first written to.
         shape = (len(self.layers), 2, rows, self.kv_heads, columns, self.head_dim)
         self.cache = torch.empty(shape, dtype=model.dtype)  # of each layer, keys and values
 
     def prefill(self, prompt_ids: list[list[int]], group_size: int, pad_id: int) -> torch.Tensor:
-        cache, logits, mask = _read(self.model, prompt_ids, pad_id)
-        self.filled = mask.shape[1]  # columns in use
-        for own, layer in zip(self.cache, cache.layers, strict=True):
-            own[0, :, :, : self.filled] = layer.keys.repeat_interleave(group_size, 0)
-            own[1, :, :, : self.filled] = layer.values.repeat_interleave(group_size, 0)
-        mask = mask.repeat_interleave(group_size, 0)
-        self.positions = mask.sum(dim=1)  # (B,) where the next token goes
+        lengths = [len(ids) for ids in prompt_ids]
+        layout = llama.Layout.of(lengths, [[] for _ in lengths])
+        read: list[torch.Tensor] = []
+        with torch.no_grad():
+            hidden = llama.packed_hidden(self.model, torch.tensor([i for ids in prompt_ids for i in ids]), layout, read)
+        self.filled = max(lengths)  # columns in use; prompts end in one column, so that all completions grow from it
+        ends = torch.tensor(lengths).cumsum(0)
+        for q, length in enumerate(lengths):
+            rows, own = slice(q * group_size, (q + 1) * group_size), slice(ends[q] - length, ends[q])
+            for cache, keys_values in zip(self.cache, read, strict=True):
+                kv = keys_values[own].view(length, 2, self.kv_heads, self.head_dim).permute(1, 2, 0, 3)  # (2, K, length, E)
+                cache[:, rows, :, self.filled - length : self.filled] = kv[:, None]
+                cache[:, rows, :, : self.filled - length] = 0  # masked, but 0 x nan would be nan
+        self.positions = torch.tensor(lengths).repeat_interleave(group_size)  # (B,) where the next token goes
         self.bias = None  # (n, 1, 1, columns), added to the attention scores, where prompts are padded
-        if not mask.all():
+        if min(lengths) < self.filled:
+            padded = torch.arange(self.filled) < self.filled - self.positions[:, None]  # (B, P)
             self.bias = torch.zeros(self.rows, 1, 1, self.columns, dtype=self.model.dtype)
-            self.bias[:, 0, 0, : self.filled].masked_fill_(mask == 0, -torch.inf)
-        return logits.repeat_interleave(group_size, 0)
+            self.bias[:, 0, 0, : self.filled].masked_fill_(padded, -torch.inf)
+        return self._logits(hidden[ends - 1]).repeat_interleave(group_size, 0)
 
     def step(self, token: torch.Tensor) -> torch.Tensor:
         n, column = len(token), self.filled
@@ -136,12 +128,10 @@ class LlamaDecoder:
         self.positions = self.positions + 1
         bias = None if self.bias is None else self.bias[..., : self.filled]
         rotated = self.heads + self.kv_heads
-        hidden = self.model.model.embed_tokens(token)  # (n, hidden_size)
+        x = self.model.model.embed_tokens(token).float()  # (n, hidden_size), the residual stream
         for (norm, qkv, out, mlp_norm, gate_up, down), (keys, values) in zip(self.layers, self.cache, strict=True):
-            heads = qkv(norm(hidden)).view(n, rotated + self.kv_heads, self.head_dim)
-            qk = heads[:, :rotated]
-            front, back = qk.chunk(2, dim=-1)
-            qk = torch.addcmul(qk * cos, torch.cat([back, front], dim=-1), sin)
+            heads = qkv(llama.normed(x, llama.rms_scale(x, self.eps), norm)).view(n, rotated + self.kv_heads, self.head_dim)
+            qk = llama.rotate(heads[:, :rotated], cos, sin)
             keys[:n, :, column] = qk[:, self.heads :]
             values[:n, :, column] = heads[:, rotated:]
             attended = F.scaled_dot_product_attention(
@@ -151,10 +141,13 @@ class LlamaDecoder:
                 attn_mask=bias,
                 enable_gqa=True,
             )  # (n, heads, 1, D)
-            hidden = hidden + out(attended.reshape(n, -1))
-            gate, up = gate_up(mlp_norm(hidden)).chunk(2, dim=-1)
-            hidden = hidden + down(F.silu(gate) * up)
-        return self.head(self.model.model.norm(hidden))
+            x = x + out(attended.reshape(n, -1))
+            gate, up = gate_up(llama.normed(x, llama.rms_scale(x, self.eps), mlp_norm)).chunk(2, dim=-1)
+            x = x + down(F.silu(gate) * up)
+        return self._logits(llama.normed(x, llama.rms_scale(x, self.eps), self.model.model.norm.weight))
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return head_logits(hidden, self.head, self.model.lm_head.bias)
 
     def keep(self, rows: torch.Tensor) -> None:
         self.cache[:, :, : len(rows), :, : self.filled] = self.cache[:, :, rows, :, : self.filled]

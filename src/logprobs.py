@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
+from src import llama
+
 PASS_COST = 64  # what one more forward and backward pass costs, in tokens of a pass
 PACKED_TOKENS = 768  # a packed row grows to this: attention looks at its square
 CHUNK_TOKENS = 256  # at a vocabulary of 49,152, 50 MB of float32 logits
@@ -104,13 +106,46 @@ def completion_log_probs(
     """
     assert action_mask.shape == sequence_ids[:, 1:].shape
     mask = action_mask[batch.rows, : batch.width]  # (b, width)
-    inputs, predictors = _pack(sequence_ids, action_mask, batch.packed, model.dtype)
-    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state  # (R, S, D)
-    hidden = hidden.flatten(0, 1)[predictors]  # (N, D), N sampled tokens, row after row
+    if llama.fits(model):
+        ids, layout, predictors = _flatten(sequence_ids, action_mask, batch.packed)
+        hidden = llama.packed_hidden(model, ids, layout)[predictors]
+    else:
+        inputs, predictors = _pack(sequence_ids, action_mask, batch.packed, model.dtype)
+        hidden = model.base_model(**inputs, use_cache=False).last_hidden_state  # (R, S, D)
+        hidden = hidden.flatten(0, 1)[predictors]  # (N, D), N sampled tokens, row after row
     targets = sequence_ids[batch.rows, 1 : batch.width + 1][mask]  # (N,)
     head = model.get_output_embeddings()
     log_probs = torch.zeros(mask.shape, dtype=torch.float32, device=hidden.device)
     return log_probs.masked_scatter(mask, _TokenLogProbs.apply(hidden, head.weight, head.bias, targets, temperature))
+
+
+def head_weight(weight: torch.Tensor) -> torch.Tensor:
+    """The output head's weight (V, D) as `head_logits` wants it: float32 on a CPU."""
+    return weight.detach().float() if weight.device.type == "cpu" else weight.detach()
+
+
+def head_logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Logits (n, V) float32.
+
+    A bfloat16 product rounds its result: logits of 20 by 0.06, half of the log-probs' error. On a CPU the factors are given in
+    float32 and multiplied as the bfloat16 that they are, with a result in float32.
+
+    Args:
+        hidden: (n, D).
+        weight: (V, D), from `head_weight`.
+        bias: (V,) or None.
+    """
+    if hidden.device.type != "cpu":
+        return F.linear(hidden, weight, bias).float()
+    bias = None if bias is None else bias.float()
+    if hidden.dtype == torch.float32:
+        return F.linear(hidden, weight, bias)
+    matmul = torch.backends.mkldnn.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+    try:
+        return F.linear(hidden.float(), weight, bias)
+    finally:
+        matmul.fp32_precision = before
 
 
 class _TokenLogProbs(torch.autograd.Function):
@@ -124,10 +159,11 @@ class _TokenLogProbs(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, targets, temperature):
         """hidden (N, D), weight (V, D), bias (V,) or None, targets (N,) -> log-probs (N,) float32."""
         log_probs = torch.empty(len(targets), device=hidden.device)
+        wide = head_weight(weight)
         totals = torch.empty_like(log_probs)
         for start in range(0, len(targets), CHUNK_TOKENS):
             part = slice(start, start + CHUNK_TOKENS)
-            logits = F.linear(hidden[part], weight, bias).float().div_(temperature)  # (n, V)
+            logits = head_logits(hidden[part], wide, bias).div_(temperature)  # (n, V)
             of_target = logits.gather(1, targets[part, None])[:, 0]
             highest = logits.amax(dim=1, keepdim=True)
             totals[part] = logits.sub_(highest).exp_().sum(dim=1).log_() + highest[:, 0]  # logsumexp, in place
@@ -145,7 +181,7 @@ class _TokenLogProbs(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
         for start in range(0, len(targets), CHUNK_TOKENS):
             part = slice(start, start + CHUNK_TOKENS)
-            logits = F.linear(hidden[part], weight, bias).float().div_(ctx.temperature)
+            logits = F.linear(hidden[part], weight, bias).float().div_(ctx.temperature)  # rounded, as the gradient will be
             of_logits = logits.sub_(totals[part, None]).exp_().mul_(-grad[part, None])  # (n, V)
             of_logits.scatter_add_(1, targets[part, None], grad[part, None])
             of_logits = of_logits.to(hidden.dtype)
@@ -155,6 +191,29 @@ class _TokenLogProbs(torch.autograd.Function):
             if grad_bias is not None:
                 grad_bias += of_logits.sum(dim=0)
         return grad_hidden, grad_weight, grad_bias, None, None
+
+
+def _flatten(
+    sequence_ids: torch.Tensor, action_mask: torch.Tensor, packed: list[list[int]]
+) -> tuple[torch.Tensor, llama.Layout, torch.Tensor]:
+    """Packed rows one after the other without padding, for `llama.packed_hidden`.
+
+    Returns:
+        Token ids (n,), their layout, and for each sampled token (N,) the place of the token before it.
+    """
+    ids, prompt_lengths, completion_lengths, predictors = [], [], [], []
+    for members in packed:
+        sequences, sampled = sequence_ids[members].tolist(), action_mask[members].tolist()
+        start = sampled[0].index(True) + 1  # tokens of the prompt
+        last = len(ids) + start - 1  # its last token predicts the first of every completion; their last predicts nothing
+        ids += sequences[0][:start]
+        counts = [sum(row) - 1 for row in sampled]
+        for sequence, count in zip(sequences, counts, strict=True):
+            predictors += [last, *range(len(ids), len(ids) + count)]
+            ids += sequence[start : start + count]
+        prompt_lengths.append(start)
+        completion_lengths.append(counts)
+    return torch.tensor(ids), llama.Layout.of(prompt_lengths, completion_lengths), torch.tensor(predictors)
 
 
 def _pack(

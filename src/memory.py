@@ -11,6 +11,7 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
+from src import llama
 from src.errors import InputError
 from src.logprobs import CHUNK_TOKENS
 
@@ -31,11 +32,12 @@ class ModelSize:
     vocabulary: int
 
 
-def measure(skeleton: PreTrainedModel) -> ModelSize:
+def measure(skeleton: PreTrainedModel, device: str) -> ModelSize:
     """Size up a causal language model by a forward pass without numbers.
 
     Args:
         skeleton: On the meta device (`models.skeleton`), in the dtype that it will compute in.
+        device: Where it will: cpu, cuda or mps.
     """
     config, tokens = skeleton.config, 16
     weights = {w.untyped_storage()._cdata for w in skeleton.parameters()}
@@ -52,7 +54,10 @@ def measure(skeleton: PreTrainedModel) -> ModelSize:
     ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
     mask = torch.zeros(1, 1, tokens, tokens, dtype=skeleton.dtype, device="meta")  # given, or transformers looks for padding
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        skeleton.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+        if device == "cpu" and llama.fits(skeleton):
+            saved = {0: tokens * llama.bytes_kept(skeleton)}
+        else:
+            skeleton.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return ModelSize(

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, MistralConfig, Qwen2Config, Qwen3Config
 
-from src import decoder
+from src import llama
 from src.decoder import GeneralDecoder, LlamaDecoder, make_decoder
 from tests.conftest import make_policy
 from tests.test_sampler import PROMPTS, run
@@ -29,7 +29,6 @@ MODELS = {
     "grouped heads": lambda: make_policy(),
     "one key head": lambda: make_policy(num_key_value_heads=1),
     "as many key heads": lambda: make_policy(num_key_value_heads=4),
-    "biases": lambda: make_policy(attention_bias=True, mlp_bias=True),
     "tied": lambda: make_policy(tie_word_embeddings=True),
     "wide heads": lambda: make_policy(head_dim=16),
     "llama3 positions": lambda: make_policy(
@@ -79,7 +78,7 @@ def test_prompts_of_one_length_need_no_mask():
         torch.testing.assert_close(fast, general, atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["grouped heads", "biases", "qwen2"])
+@pytest.mark.parametrize("kind", ["grouped heads", "tied", "qwen2"])
 def test_in_bfloat16_it_is_as_near_to_float32_as_the_general_one(kind):
     """Packed weights where the processor has them. Both round; neither may be off by more than twice the other's error."""
     exact = [general for general, _ in both(MODELS[kind]())]
@@ -98,6 +97,7 @@ def test_models_that_compute_something_else_take_the_general_one():
         "some sliding windows": build(
             Qwen2Config(**SMALL, num_key_value_heads=2, use_sliding_window=True, sliding_window=8, max_window_layers=1)
         ),
+        "biases everywhere": make_policy(attention_bias=True, mlp_bias=True),
         "another activation": make_policy(hidden_act="gelu"),
         "positions that depend on the length": make_policy(
             rope_parameters=dict(rope_type="dynamic", rope_theta=10000.0, factor=2.0)
@@ -119,7 +119,7 @@ def test_models_that_compute_something_else_take_the_general_one():
 def test_the_sampler_gives_the_same_with_either(policy, monkeypatch):
     policy.lm_head.weight.data[2] += 0.3  # rows leave at different times
     fast = run(policy, group_size=8)
-    monkeypatch.setattr(decoder.LlamaDecoder, "fits", staticmethod(lambda model: False))
+    monkeypatch.setattr(llama, "fits", lambda model: False)
     general = run(policy, group_size=8)
     assert fast.completion_ids == general.completion_ids
     torch.testing.assert_close(fast.log_probs, general.log_probs, atol=1e-5, rtol=0)

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import train
+from src import llama
 from src.logprobs import PACKED_TOKENS, micro_batches
 from src.models import MasterWeights, frozen_copy
 from src.sampler import Samples, sample
@@ -211,12 +212,12 @@ def test_without_an_advantage_the_kl_term_alone_pulls_the_policy_to_the_referenc
     assert kl[0] > kl[1] > kl[2] > kl[3] > 0
 
 
-def test_groups_without_advantage_cost_no_forward_pass_and_change_nothing_when_there_is_no_kl():
+def test_groups_without_advantage_cost_no_forward_pass_and_change_nothing_when_there_is_no_kl(monkeypatch):
     policy = stopping_policy()
     samples = draw(policy)
-    rows = []  # of the packed batch, one a question
-    policy.model.register_forward_hook(
-        lambda module, args, kwargs, output: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    rows, compute = [], llama.packed_hidden  # prompts of each pass, one a question
+    monkeypatch.setattr(
+        llama, "packed_hidden", lambda model, ids, layout: rows.append(len(layout.prompts)) or compute(model, ids, layout)
     )
     before = [p.detach().clone() for p in policy.parameters()]
     metrics = step(policy, None, samples, torch.zeros(8), kl_weight=0.0)

@@ -1,0 +1,122 @@
+"""Packed sequences computed by hand against each sequence through the model's own forward, values and gradients."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, MistralConfig, Qwen2Config
+
+from src import llama
+from src.llama import Layout, packed_hidden
+from tests.conftest import make_policy
+
+SMALL = dict(
+    vocab_size=80, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.2
+)
+
+
+def build(config):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("bias") or "norm" in name:  # made as zeros and ones, which would hide a forgotten one
+                p.normal_()
+    return model
+
+
+MODELS = {
+    "grouped heads": lambda: make_policy(),
+    "one key head": lambda: make_policy(num_key_value_heads=1),
+    "as many key heads": lambda: make_policy(num_key_value_heads=4),
+    "tied": lambda: make_policy(tie_word_embeddings=True),
+    "wide heads": lambda: make_policy(head_dim=16),
+    "qwen2": lambda: build(Qwen2Config(**SMALL, num_key_value_heads=2)),
+    "mistral": lambda: build(MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=None)),
+}
+LENGTHS = [([7, 5, 6], [[4, 1, 6], [3, 3], []]), ([3], [[5, 5]]), ([2, 9], [[], []]), ([4, 4], [[0, 0], [2, 0]])]
+
+
+def one_by_one(model, ids, prompt_lengths, completion_lengths):
+    """Hidden states in the order of the layout, each completion behind its own copy of the prompt."""
+    hidden, place = [], 0
+    for length, own in zip(prompt_lengths, completion_lengths, strict=True):
+        prompt = ids[place : place + length]
+        hidden.append(model.base_model(prompt[None]).last_hidden_state[0])
+        place += length
+        for n in own:
+            whole = torch.cat([prompt, ids[place : place + n]])
+            hidden.append(model.base_model(whole[None]).last_hidden_state[0, length:])
+            place += n
+    return torch.cat(hidden)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_values_and_gradients_equal_those_of_each_sequence_alone(kind, lengths):
+    model = MODELS[kind]()
+    assert llama.fits(model)
+    layout = Layout.of(*lengths)
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 80, (len(layout.positions),), generator=g)
+    upstream = torch.randn(len(ids), 32, generator=g)
+    results = []
+    for hidden in (packed_hidden(model, ids, layout), one_by_one(model, ids, *lengths)):
+        gradients = torch.autograd.grad((hidden * upstream).sum(), list(model.base_model.parameters()))
+        results.append((hidden.detach(), gradients))
+    (ours, our_gradients), (theirs, their_gradients) = results
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    for a, b in zip(our_gradients, their_gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5 * float(b.abs().max()), rtol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(packed_hidden(model, ids, layout), ours, atol=0, rtol=0)
+
+
+def test_in_bfloat16_values_and_gradients_are_as_near_to_float32_as_autograds():
+    exact = make_policy(num_hidden_layers=6)
+    rounded = make_policy(num_hidden_layers=6).bfloat16()
+    exact.load_state_dict(rounded.state_dict())
+    layout, lengths = Layout.of(*LENGTHS[0]), LENGTHS[0]
+    ids = torch.randint(3, 80, (len(layout.positions),), generator=torch.Generator().manual_seed(0))
+
+    def of(model, hidden):
+        return [hidden.detach().float()], [g.float() for g in torch.autograd.grad(hidden.float().square().sum(), weights(model))]
+
+    weights = lambda model: list(model.base_model.parameters())  # noqa: E731
+    truth = of(exact, one_by_one(exact, ids, *lengths))
+    ours = of(rounded, packed_hidden(rounded, ids, layout))
+    theirs = of(rounded, one_by_one(rounded, ids, *lengths))
+    error = lambda parts, i: sum(((a - b).norm() / b.norm()).item() for a, b in zip(parts[i], truth[i], strict=True))  # noqa: E731
+    assert 0 < error(ours, 0) < error(theirs, 0)  # the residual stream is float32
+    assert 0 < error(ours, 1) < 1.2 * error(theirs, 1)
+
+
+def test_the_layout_by_hand():
+    layout = Layout.of([2, 3], [[1, 2], [2]])
+    assert layout.positions.tolist() == [0, 1, 2, 2, 3, 0, 1, 2, 3, 4]
+    assert layout.prompts.tolist() == [[0, 1, 0], [5, 6, 7]]
+    assert layout.prompt_real.tolist() == [[True, True, False], [True] * 3]
+    assert layout.completions.tolist() == [[2, 0], [3, 4], [8, 9]]
+    assert layout.completion_real.tolist() == [[True, False], [True, True], [True, True]]
+    assert layout.prompt_of.tolist() == [0, 0, 1]
+
+
+def test_weights_that_take_no_gradient_get_none(policy):
+    policy.model.embed_tokens.requires_grad_(False)
+    layout = Layout.of([3], [[2, 2]])
+    packed_hidden(policy, torch.arange(7), layout).sum().backward()
+    assert policy.model.embed_tokens.weight.grad is None
+    assert policy.model.layers[0].mlp.up_proj.weight.grad is not None
+    policy.requires_grad_(False)
+    assert not packed_hidden(policy, torch.arange(7), layout).requires_grad
+
+
+def test_keys_and_values_are_those_of_the_models_own_cache(policy):
+    prompts = [[5, 6, 7], [8, 9, 10, 11]]
+    layout = Layout.of([3, 4], [[], []])
+    kept: list[torch.Tensor] = []
+    with torch.no_grad():
+        packed_hidden(policy, torch.tensor([5, 6, 7, 8, 9, 10, 11]), layout, kept)
+        for prompt, part in zip(prompts, (slice(0, 3), slice(3, 7)), strict=True):
+            cache = policy(torch.tensor([prompt]), use_cache=True).past_key_values
+            for own, layer in zip(kept, cache.layers, strict=True):
+                theirs = torch.cat([layer.keys, layer.values], dim=1)[0].transpose(0, 1)
+                torch.testing.assert_close(own[part], theirs, atol=1e-5, rtol=1e-5)
