@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-import rich
 import tyro
+from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).parent.parent
@@ -108,7 +108,7 @@ def main(
             f"{100 * mean['after']:.1f}{spread} %", f"{100 * mean['gradient_frac_first_half']:.0f} %",
             f"{100 * mean['gradient_frac']:.0f} %", f"{mean['minutes']:.1f}",
         )  # fmt: skip
-    rich.print(shown)
+    Console(width=130).print(shown)
 
 
 if __name__ == "__main__":

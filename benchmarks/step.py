@@ -1,0 +1,338 @@
+"""One GRPO step here, in TRL's GRPOTrainer and in a plain loop: python benchmarks/step.py [--help]
+
+The embedded model, 8 questions x 8 completions, verifier reward, KL term on, one optimizer step in all, bfloat16. Each program
+runs in a process of its own and takes its steps when told to, in turns, so that they meet the same machine. With `--tokens` the
+end token is suppressed, so that all do the same work; with `--tokens 0` completions end where they end (64 tokens at most).
+"""
+
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+Q, G, LIMIT, TEMPERATURE, KL, LR = 8, 8, 64, 0.8, 0.01, 1e-6
+
+
+class Phases:
+    """Seconds of each part of a step."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str):
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def around(self, owner, method: str, name: str) -> None:
+        """Count what a method of somebody else's object takes."""
+        original = getattr(owner, method)
+
+        def timed(*args, **kwargs):
+            with self(name):
+                return original(*args, **kwargs)
+
+        setattr(owner, method, timed)
+
+
+def problems(path: str):
+    """The first Q problems of a file."""
+    from train import read_prompts
+
+    return read_prompts(path, "--data")[:Q]
+
+
+def verdicts(verifier, questions: list[str], completions: list[str], answers: list[str]) -> list[float]:
+    return [float(v["correct"]) for v in verifier.verify_batch(questions, completions, answers)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The programs. Each yields after set-up, then after each step its phases, tokens and what it likes to say.
+
+
+def ours(data: str, model: str, tokens: int):
+    """train.py's own functions, as main() calls them."""
+    import train
+    from src import models
+    from src.grpo import compute_advantages
+    from src.math_verifier import MathVerifier
+    from src.memory import keep_freed_memory
+    from src.sampler import sample
+
+    keep_freed_memory()
+    device = torch.device("cpu")
+    tokenizer, policy = models.load_tokenizer(model), models.load_policy(model, device)
+    master = models.MasterWeights(policy, torch.bfloat16)
+    reference = models.frozen_copy(policy)
+    optimizer = torch.optim.AdamW(master.parameters, lr=LR, weight_decay=0.0, fused=True)
+    verifier, order = MathVerifier(), torch.Generator().manual_seed(0)
+    todo = problems(data)
+    prompt_ids = train.encode_prompts(tokenizer, todo, None, 2048)
+    questions, answers = ([getattr(p, name) for p in todo for _ in range(G)] for name in ("question", "answer"))
+    generator = torch.Generator().manual_seed(0)
+    stop_ids = [] if tokens else models.stop_token_ids(policy, tokenizer)  # without stop ids every completion fills its limit
+    phase = Phases()
+    phase.around(train, "reference_log_probs", "reference")
+    yield {"prompt_tokens": statistics.mean(map(len, prompt_ids))}
+    while True:
+        phase.seconds = {}
+        with phase("generate"):
+            samples = sample(
+                policy, prompt_ids, G, max_length=2048, max_new_tokens=tokens or LIMIT, temperature=TEMPERATURE, top_p=1.0,
+                stop_ids=stop_ids, pad_id=tokenizer.pad_token_id, generator=generator,
+            )  # fmt: skip
+        with phase("verify"):
+            rewards = verdicts(verifier, questions, train.decode(tokenizer, samples), answers)
+        rewards = torch.tensor(rewards) + torch.linspace(0, 0.1, Q * G)  # no group without an advantage: all is computed
+        advantages = compute_advantages(rewards, G, "batch")
+        with phase("update"):
+            metrics = train.update(
+                policy, reference, None, master, optimizer, samples, advantages, G, order, train_batch_size=Q * G,
+                micro_batch_size=32, epochs_per_step=1, temperature=TEMPERATURE, kl_weight=KL, clip_eps=0.2, max_norm=1.0,
+                loss_normalizer="token", max_completion_length=LIMIT,
+            )  # fmt: skip
+        phase.seconds["update"] -= phase.seconds["reference"]
+        made = sum(map(len, samples.completion_ids))
+        yield {"phases": phase.seconds, "tokens": made, "sampler_gap": metrics["policy/sampler_gap"]}
+
+
+def trl(data: str, model: str, tokens: int):
+    """TRL's GRPOTrainer, weights in bfloat16, gradient checkpointing off (it would be slower), 8 completions a pass."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    from src import models
+    from src.math_verifier import MathVerifier
+
+    verifier = MathVerifier()
+    rows = [{"prompt": [{"role": "user", "content": p.question}], "answer": p.answer} for p in problems(data)]
+    phase, said, made = Phases(), [], []
+
+    def reward(prompts, completions, completion_ids, answer, **_):
+        made.append(sum(map(len, completion_ids)))
+        with phase("verify"):
+            found = verdicts(verifier, [p[0]["content"] for p in prompts], [c[0]["content"] for c in completions], answer)
+        return [r + 0.1 * i / len(found) for i, r in enumerate(found)]
+
+    class Turns(TrainerCallback):
+        """The trainer's loop cannot be stepped from outside: it waits here for its turn, and answers."""
+
+        def on_step_begin(self, *_, **__):
+            if not said:
+                answer_with({"prompt_tokens": 0})
+            said.append(1)
+            wait_for_turn()
+            phase.seconds = {}
+            made.clear()
+
+        def on_step_end(self, *_, **__):
+            answer_with({"phases": phase.seconds, "tokens": sum(made)})
+
+    config = GRPOConfig(
+        output_dir="/tmp/benchmark-trl", num_generations=G, per_device_train_batch_size=8, gradient_accumulation_steps=Q * G // 8,
+        max_completion_length=tokens or LIMIT, temperature=TEMPERATURE, beta=KL, learning_rate=LR, weight_decay=0.0, use_cpu=True,
+        bf16=True, gradient_checkpointing=False, model_init_kwargs={"dtype": "bfloat16"}, save_strategy="no", report_to=[],
+        max_steps=10_000, shuffle_dataset=False, disable_tqdm=True, logging_strategy="no",
+        generation_kwargs={"min_new_tokens": tokens} if tokens else None,
+    )  # fmt: skip
+    trainer = GRPOTrainer(
+        models.resolve(model, "--model-name"), reward_funcs=reward, args=config, train_dataset=Dataset.from_list(rows),
+        processing_class=models.load_tokenizer(model), callbacks=[Turns()],
+    )  # fmt: skip
+    phase.around(trainer, "_generate", "generate")
+    in_scoring = []
+    scoring, log_probs = trainer._generate_and_score_completions, trainer._get_per_token_logps_and_entropies
+
+    def scored(*args, **kwargs):
+        in_scoring.append(1)
+        try:
+            return scoring(*args, **kwargs)
+        finally:
+            in_scoring.pop()
+
+    def log_probs_of(*args, **kwargs):
+        if not in_scoring:
+            return log_probs(*args, **kwargs)
+        with phase("reference"):
+            return log_probs(*args, **kwargs)
+
+    trainer._generate_and_score_completions, trainer._get_per_token_logps_and_entropies = scored, log_probs_of
+    trainer.train()
+    yield {}
+
+
+def plain(data: str, model: str, tokens: int):
+    """What a first version looks like: generate, padded batches, full logits, bfloat16 weights stepped as they are."""
+    import copy
+
+    from transformers import AutoModelForCausalLM
+
+    from src import models
+    from src.math_verifier import MathVerifier
+    from train import encode_prompts
+
+    tokenizer = models.load_tokenizer(model)
+    policy = AutoModelForCausalLM.from_pretrained(models.resolve(model, "--model-name"), dtype=torch.bfloat16).eval()
+    reference = copy.deepcopy(policy).requires_grad_(False)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=LR, weight_decay=0.0)
+    verifier, todo = MathVerifier(), problems(data)
+    prompts = [ids for ids in encode_prompts(tokenizer, todo, None, 2048) for _ in range(G)]
+    longest, pad = max(map(len, prompts)), tokenizer.pad_token_id
+    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    questions, answers = ([getattr(p, name) for p in todo for _ in range(G)] for name in ("question", "answer"))
+
+    def log_probs(of, sequence, attention):
+        positions = (attention.cumsum(1) - 1).clamp(min=0)
+        logits = of(input_ids=sequence, attention_mask=attention, position_ids=positions, use_cache=False).logits
+        return (logits[:, :-1].float() / TEMPERATURE).log_softmax(-1).gather(2, sequence[:, 1:, None])[..., 0]
+
+    yield {"prompt_tokens": longest}
+    while True:
+        phase = Phases()
+        with phase("generate"), torch.no_grad():
+            out = policy.generate(
+                ids, attention_mask=mask, do_sample=True, temperature=TEMPERATURE, top_k=0, top_p=1.0, pad_token_id=pad,
+                max_new_tokens=tokens or LIMIT, min_new_tokens=tokens or None,
+            )  # fmt: skip
+        new = out[:, longest:]
+        ended = (new == tokenizer.eos_token_id).cumsum(1)
+        real = torch.ones_like(new) if tokens else ((ended - (new == tokenizer.eos_token_id).long()) == 0).long()
+        attention = torch.cat([mask, real], dim=1)
+        actions = torch.cat([torch.zeros_like(mask), real], dim=1)[:, 1:]
+        with phase("verify"):
+            rewards = torch.tensor(verdicts(verifier, questions, tokenizer.batch_decode(new, skip_special_tokens=True), answers))
+        rewards = (rewards + torch.linspace(0, 0.1, Q * G)).view(Q, G)
+        advantages = ((rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)).flatten()
+        parts = torch.arange(Q * G).split(8)
+        with phase("reference"), torch.no_grad():
+            old = [log_probs(policy, out[part], attention[part]) for part in parts]
+            frozen = [log_probs(reference, out[part], attention[part]) for part in parts]
+        with phase("update"):
+            for part, before, base in zip(parts, old, frozen, strict=True):
+                now = log_probs(policy, out[part], attention[part])
+                ratio = (now - before).exp()
+                advantage = advantages[part][:, None]
+                surrogate = torch.min(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+                kl = (base - now).exp() - (base - now) - 1
+                (((KL * kl - surrogate) * actions[part]).sum() / actions.sum()).backward()
+            torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        yield {"phases": phase.seconds, "tokens": int(real.sum())}
+
+
+PROGRAMS = {"ours": ours, "trl": trl, "plain": plain}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Turns
+
+
+def answer_with(values: dict) -> None:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    os.write(ANSWERS, (json.dumps(values | {"peak_bytes": peak}) + "\n").encode())
+
+
+def wait_for_turn() -> None:
+    if not sys.stdin.readline():
+        os._exit(0)
+
+
+def work(name: str, data: str, model: str, tokens: int) -> None:
+    """A worker process: a step for every line that comes in, and its figures for an answer."""
+    global ANSWERS
+    ANSWERS = os.dup(1)
+    os.dup2(2, 1)  # whatever the libraries print
+    program = PROGRAMS[name](data, model, tokens)
+    if name == "trl":
+        next(program)  # takes its turns itself
+    answer_with(next(program))
+    while True:
+        wait_for_turn()
+        answer_with(next(program))
+
+
+def main(
+    programs: tuple[Literal["ours", "trl", "plain"], ...] = ("ours", "trl", "plain"),
+    tokens: int = 64,
+    repetitions: int = 5,
+    data: str = str(ROOT / "data" / "dummy_math_tasks.jsonl"),
+    model: str = "embedded",
+    output: Path | None = None,
+) -> None:
+    """Take steps in turns and print medians.
+
+    Args:
+        programs: Which to compare; ratios are to the first.
+        tokens: Of each completion; 0 lets them end, after 64 at the latest.
+        repetitions: Steps of each, after one to warm up.
+        data: Problems; the first 8 are taken.
+        model: As --model-name of train.py takes it.
+        output: File for the figures as JSON.
+    """
+    workers = {}
+    for name in programs:
+        command = [sys.executable, __file__, "--worker", name, data, model, str(tokens)]
+        workers[name] = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        json.loads(workers[name].stdout.readline())
+    steps: dict[str, list[dict]] = {name: [] for name in programs}
+    for repetition in range(repetitions + 1):
+        for name, worker in workers.items():
+            started = time.perf_counter()
+            worker.stdin.write("step\n")
+            worker.stdin.flush()
+            answer = json.loads(worker.stdout.readline())
+            answer["seconds"] = time.perf_counter() - started
+            answer["phases"].setdefault("update", answer["seconds"] - sum(answer["phases"].values()))
+            print(f"{name} {repetition or 'warm-up'}: {answer['seconds']:.1f} s", flush=True)
+            steps[name] += [answer] if repetition else []
+    for worker in workers.values():
+        worker.kill()
+    table = Table("", "step, s", "times", "generate", "verify", "reference", "update", "tokens", "tokens/s", "peak GB")
+    result = {"machine": platform.platform(), "torch": torch.__version__, "threads": torch.get_num_threads(), "tokens": tokens}
+    median = lambda name, key: statistics.median(s[key] for s in steps[name])  # noqa: E731
+    for name in programs:
+        phases = {p: statistics.median(s["phases"].get(p, 0.0) for s in steps[name]) for p in steps[name][0]["phases"]}
+        seconds, made = median(name, "seconds"), median(name, "tokens")
+        result[name] = {"seconds": seconds, "phases": phases, "tokens": made, "peak_bytes": steps[name][-1]["peak_bytes"]}
+        result[name]["steps"] = [s["seconds"] for s in steps[name]]
+        cells = [f"{phases.get(p, 0.0):.2f}" for p in ("generate", "verify", "reference", "update")]
+        ratio, rate = seconds / median(programs[0], "seconds"), made / seconds if made else 0
+        table.add_row(
+            name,
+            f"{seconds:.1f}",
+            f"{ratio:.2f}",
+            *cells,
+            f"{made:.0f}",
+            f"{rate:.0f}",
+            f"{result[name]['peak_bytes'] / 1e9:.1f}",
+        )
+    Console(width=120).print(table)
+    if output:
+        output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        work(*sys.argv[2:5], int(sys.argv[5]))
+    else:
+        tyro.cli(main)
