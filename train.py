@@ -254,7 +254,7 @@ def main(
     print("Loading reward model and math verifier...", flush=True)
     reward_model = load_reward_model(reward_choice)
     if reward_mode == "rm" and reward_model is None:
-        raise InputError("--reward-mode rm: there is no reward model; name one with --reward-model-name")
+        raise InputError("--reward-mode rm: the reward model could not be loaded, see above")
 
     run = RunLog(folder, run_name is None, {**hyperparameters, "device": str(run_device), "compute_dtype": str(compute_dtype)})
     if wandb_project:
@@ -600,6 +600,8 @@ def plan_memory(
         choice = choose_reward_model(
             reward_model_name, reward_model_device, reward_model_8bit, model_name, plan, device, dtype, free, host_free
         )
+    if reward_mode == "rm" and choice.name is None:
+        raise InputError(f"--reward-mode rm: there is no reward model ({choice.why}); name one with --reward-model-name")
     plan = replace(plan, reward_weights=choice.weights, reward_placement=choice.placement)
     eight_bit = choice.weights / 2 if choice.name not in (None, models.EMBEDDED) and not choice.load_in_8bit else 0.0
     check_fits(plan, free, lambda: measure(models.add_lora(skeleton, 16).get_base_model(), device.type), eight_bit)
@@ -616,7 +618,7 @@ def load_reward_model(choice: RewardModelChoice) -> AceRewardModel | None:
         return None
     try:
         reward_model = choice.load()
-    except (InputError, torch.OutOfMemoryError) as error:
+    except (InputError, RuntimeError) as error:  # no memory for it, above all
         print(f"warning: no reward model, the verifier alone decides: {error}", flush=True)
         return None
     print(f"reward model: {choice.name} on {choice.where()} ({choice.why})", flush=True)

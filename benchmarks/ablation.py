@@ -22,7 +22,9 @@ METHODS = {
     "rm": ["--reward-mode", "rm"],
     "sigmoid": ["--reward-scorer", "sigmoid"],
     "tanh": ["--reward-scorer", "tanh"],
+    "sigmoid-group": ["--reward-scorer", "sigmoid", "--rm-bounds", "group"],
 }
+Method = Literal["verifier", "rm", "sigmoid", "tanh", "sigmoid-group"]
 FILES = {"easy": "arithmetic", "hard": "arithmetic_hard"}
 
 
@@ -62,6 +64,7 @@ def summary(run: Path) -> dict[str, float]:
         "middle": accuracies[len(accuracies) // 2],
         "after": accuracies[-1],
         "gradient_frac": 1 - mean("reward/zero_std_frac", steps),
+        "clamped_frac": mean("reward/rm_clamped_frac", steps),
         "gradient_frac_first_half": 1 - mean("reward/zero_std_frac", steps[:half]),
         "minutes": sum(row["time/step_s"] for row in steps) / 60,
         "score_share": sum(row["time/score_s"] for row in steps) / sum(row["time/step_s"] for row in steps),
@@ -70,7 +73,7 @@ def summary(run: Path) -> dict[str, float]:
 
 def main(
     data: Literal["easy", "hard"] = "hard",
-    methods: tuple[Literal["verifier", "rm", "sigmoid", "tanh"], ...] = ("verifier", "rm", "sigmoid", "tanh"),
+    methods: tuple[Method, ...] = ("verifier", "rm", "sigmoid", "tanh", "sigmoid-group"),
     scales: tuple[Literal["group", "batch", "none"], ...] = ("batch",),
     seeds: tuple[int, ...] = (42,),
     steps: int = 50,
@@ -80,7 +83,7 @@ def main(
 
     Args:
         data: Which arithmetic files.
-        methods: verifier, rm, hybrid with the sigmoid weight, hybrid with the tanh weight.
+        methods: verifier, rm, hybrid with the sigmoid weight, hybrid with the tanh weight, sigmoid with each group's own bounds.
         scales: Values of --advantage-scale.
         seeds: Of train.py.
         steps: Of each run.
@@ -98,7 +101,18 @@ def main(
                 train_one(run, ["--data", *files, *flags.split(), *METHODS[method]], steps)
                 table.append({"method": method, "scale": scale, "seed": seed, **summary(run)})
                 (output / f"{data}-{steps}.json").write_text(json.dumps(table, indent=2) + "\n")
-    shown = Table("method", "scale", "seeds", "before", "middle", "after", "groups with gradient: first half", "all", "minutes")
+    shown = Table(
+        "method",
+        "scale",
+        "seeds",
+        "before",
+        "middle",
+        "after",
+        "groups with gradient: first half",
+        "all",
+        "scores clamped",
+        "minutes",
+    )
     for method, scale in dict.fromkeys((row["method"], row["scale"]) for row in table):
         rows = [row for row in table if (row["method"], row["scale"]) == (method, scale)]
         mean = {name: statistics.mean(row[name] for row in rows) for name in summary(run)}
@@ -106,7 +120,7 @@ def main(
         shown.add_row(
             method, scale, str(len(rows)), f"{100 * mean['before']:.1f} %", f"{100 * mean['middle']:.1f} %",
             f"{100 * mean['after']:.1f}{spread} %", f"{100 * mean['gradient_frac_first_half']:.0f} %",
-            f"{100 * mean['gradient_frac']:.0f} %", f"{mean['minutes']:.1f}",
+            f"{100 * mean['gradient_frac']:.0f} %", f"{100 * mean['clamped_frac']:.0f} %", f"{mean['minutes']:.1f}",
         )  # fmt: skip
     Console(width=130).print(shown)
 

@@ -17,6 +17,8 @@ from transformers import DynamicCache, PreTrainedModel
 from src import llama
 from src.logprobs import head_logits, head_weight
 
+PREFILL_PAIRS = 4_000_000  # of tokens in attention by hand at once: a head's scores for them take 8 MB in bfloat16
+
 
 class Decoder(Protocol):
     def prefill(self, prompt_ids: list[list[int]], group_size: int, pad_id: int) -> torch.Tensor:
@@ -101,25 +103,33 @@ class LlamaDecoder:
 
     def prefill(self, prompt_ids: list[list[int]], group_size: int, pad_id: int) -> torch.Tensor:
         lengths = [len(ids) for ids in prompt_ids]
-        layout = llama.Layout.of(lengths, [[] for _ in lengths])
-        read: list[torch.Tensor] = []
-        with torch.no_grad():
-            hidden = llama.packed_hidden(self.model, torch.tensor([i for ids in prompt_ids for i in ids]), layout, read)
         self.filled = max(lengths)  # columns in use; prompts end in one column, so that all completions grow from it
-        ends = torch.tensor(lengths).cumsum(0)
-        for q, length in enumerate(lengths):
-            rows, own = slice(q * group_size, (q + 1) * group_size), slice(ends[q] - length, ends[q])
-            for cache, keys_values in zip(self.cache, read, strict=True):
-                kv = keys_values[own].view(length, 2, self.kv_heads, self.head_dim).permute(1, 2, 0, 3)  # (2, K, length, E)
-                cache[:, rows, :, self.filled - length : self.filled] = kv[:, None]
-                cache[:, rows, :, : self.filled - length] = 0  # masked, but 0 x nan would be nan
+        together = max(1, PREFILL_PAIRS // self.filled**2)  # prompts
+        last = []  # hidden states of the prompts' last tokens
+        for start in range(0, len(lengths), together):
+            part = range(start, min(start + together, len(lengths)))
+            layout = llama.Layout.of([lengths[q] for q in part], [[] for _ in part])
+            read: list[torch.Tensor] = []
+            with torch.no_grad():
+                hidden = llama.packed_hidden(self.model, torch.tensor([i for q in part for i in prompt_ids[q]]), layout, read)
+            end = 0
+            for q in part:
+                end, length = end + lengths[q], lengths[q]
+                last.append(hidden[end - 1])
+                rows = slice(q * group_size, (q + 1) * group_size)
+                for cache, keys_values in zip(self.cache, read, strict=True):
+                    kv = keys_values[end - length : end].view(length, 2, self.kv_heads, self.head_dim)
+                    cache[:, rows, :, self.filled - length : self.filled] = kv.permute(1, 2, 0, 3)[
+                        :, None
+                    ]  # (2, 1, K, length, E)
+                    cache[:, rows, :, : self.filled - length] = 0  # masked, but 0 x nan would be nan
         self.positions = torch.tensor(lengths).repeat_interleave(group_size)  # (B,) where the next token goes
         self.bias = None  # (n, 1, 1, columns), added to the attention scores, where prompts are padded
         if min(lengths) < self.filled:
             padded = torch.arange(self.filled) < self.filled - self.positions[:, None]  # (B, P)
             self.bias = torch.zeros(self.rows, 1, 1, self.columns, dtype=self.model.dtype)
             self.bias[:, 0, 0, : self.filled].masked_fill_(padded, -torch.inf)
-        return self._logits(hidden[ends - 1]).repeat_interleave(group_size, 0)
+        return self._logits(torch.stack(last)).repeat_interleave(group_size, 0)
 
     def step(self, token: torch.Tensor) -> torch.Tensor:
         n, column = len(token), self.filled

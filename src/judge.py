@@ -52,7 +52,7 @@ def plain_answer(question: str, response: str) -> str | None:
         return unwrap(values[0])[:40] or None
     value = number.value
     if value.denominator != 1:
-        return f"{float(value):.6g}" if value.denominator < 10**9 else None
+        return f"{float(value):.10g}" if value.denominator < 10**9 else None
     return str(value.numerator) if abs(value) < 10**15 else None
 
 

@@ -53,11 +53,15 @@ def measure(skeleton: PreTrainedModel, device: str) -> ModelSize:
     kept: list[torch.Tensor] = []
     ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
     mask = torch.zeros(1, 1, tokens, tokens, dtype=skeleton.dtype, device="meta")  # given, or transformers looks for padding
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        if device == "cpu" and llama.fits(skeleton):
-            saved = {0: tokens * llama.bytes_kept(skeleton)}
-        else:
-            skeleton.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+    if device == "cpu" and llama.fits(skeleton):
+        saved = {0: tokens * llama.bytes_kept(skeleton)}
+    else:
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+                skeleton.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+        except Exception:  # a model that looks at numbers on its way (OPT, mixtures of experts): no reason not to train it
+            rough = 34 * config.hidden_size * config.num_hidden_layers * skeleton.dtype.itemsize  # arXiv:2205.05198, equation 2
+            saved = {0: tokens * rough}
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return ModelSize(
@@ -118,12 +122,16 @@ class Plan:
     def least(self) -> float:
         """Bytes below which it certainly cannot run: without what depends on the length of the completions."""
         stays, phases = self.parts()
-        return sum(stays.values()) + max(phases["update"]["gradients"], *phases["score"].values())
+        return max(self.loading(), sum(stays.values()) + max(phases["update"]["gradients"], *phases["score"].values()))
+
+    def loading(self) -> float:
+        """Bytes while the policy is loaded: in float32, before it is rounded to what it computes in."""
+        return PROGRAM[self.device] + 4.0 * (self.policy.weights + self.policy.trained)
 
     def most(self) -> float:
         """Bytes where every completion is as long as it may be."""
         stays, phases = self.parts()
-        return sum(stays.values()) + max(sum(parts.values()) for parts in phases.values())
+        return max(self.loading(), sum(stays.values()) + max(sum(parts.values()) for parts in phases.values()))
 
     def describe(self, free: float) -> str:
         """One line: each part in GB, and the sum beside what is free."""
@@ -149,7 +157,7 @@ def check_fits(plan: Plan, free: float, with_lora: Callable[[], ModelSize], eigh
     print(plan.describe(free), flush=True)
     if plan.most() <= free:
         return
-    found = ways_out(plan, with_lora(), free, eight_bit)
+    found = ways_out(plan, with_lora() if plan.policy.trained == plan.policy.weights else None, free, eight_bit)
     way_out = f"what fits at full length: {', '.join(found)}" if found else "take a smaller --model-name or --max-new-tokens"
     if plan.least() > free:
         raise InputError(
@@ -163,7 +171,7 @@ def check_fits(plan: Plan, free: float, with_lora: Callable[[], ModelSize], eigh
     )
 
 
-def ways_out(plan: Plan, with_lora: ModelSize, free: float, eight_bit: float) -> list[str]:
+def ways_out(plan: Plan, with_lora: ModelSize | None, free: float, eight_bit: float) -> list[str]:
     """Flags that would make a plan fit at full length, with what it would then take; one by one, then each with LoRA."""
     tries: dict[str, Plan] = {}
     if plan.reference:
@@ -171,15 +179,16 @@ def ways_out(plan: Plan, with_lora: ModelSize, free: float, eight_bit: float) ->
     if plan.micro_batch_size > 1:
         tries["--micro-batch-size 1"] = replace(plan, micro_batch_size=1)
     if plan.reward_weights and plan.reward_placement == "device":
-        if plan.device == "cuda":
+        if plan.device == "cuda" and eight_bit:  # a model in int8 cannot be offloaded
             tries["--reward-model-device offload"] = replace(plan, reward_placement="offload")
+        if plan.device == "cuda":
             tries["--reward-model-device cpu"] = replace(plan, reward_placement="cpu")
         if eight_bit:
             tries["--reward-model-8bit"] = replace(plan, reward_weights=eight_bit)
     if plan.reward_weights:
         tries["--reward-model-name none"] = replace(plan, reward_weights=0.0)
-    lora = dict(policy=with_lora, reference=False)
-    if plan.policy.trained == plan.policy.weights:
+    if with_lora:
+        lora = dict(policy=with_lora, reference=False)
         both = {f"--lora-rank 16 {flags}": replace(changed, **lora) for flags, changed in tries.items()}
         tries = tries | {"--lora-rank 16": replace(plan, **lora)} | both
     fits = {flags: changed.most() for flags, changed in tries.items() if changed.most() <= free}
@@ -195,8 +204,10 @@ def free_memory(device: torch.device) -> float:
         return float(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
     free = float(psutil.virtual_memory().available)
     with contextlib.suppress(OSError, ValueError):  # no such limit ("max")
-        limit, used = ((CGROUP / name).read_text() for name in ("memory.max", "memory.current"))
-        free = min(free, float(limit) - float(used))
+        limit, used = (float((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        files = float(stat["active_file"]) + float(stat["inactive_file"])  # cached; given back when memory is wanted
+        free = min(free, limit - used + files)
     return free
 
 

@@ -6,6 +6,7 @@ Also the master weights: what the optimizer steps when the model itself computes
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.metadata
 import importlib.util
 import tempfile
@@ -82,6 +83,7 @@ def resolve(model_name: str, flag: str) -> str:
         ) from None
 
 
+@functools.lru_cache  # asked about the tokenizer, the configuration and the weights; an answer can take its whole deadline
 def _ask_hub(model_name: str) -> Exception | None:
     """None where the hub has the model, else what came instead, within HUB_DEADLINE_S.
 
@@ -203,6 +205,7 @@ def load_policy(model_name: str, device: torch.device) -> PreTrainedModel:
         model.generation_config.validate(strict=True)
     except ValueError:  # a temperature without do_sample, say: transformers loads it but would refuse to save it
         model.generation_config.do_sample = True
+    model.get_input_embeddings().padding_idx = None  # its row would take no gradient, and padding is often the stop token
     check_head(model)
     return model.to(device).eval()
 
@@ -311,11 +314,11 @@ class MasterWeights:
             torch._foreach_copy_(self.weights, self.parameters)
 
     def restore(self, model: PreTrainedModel) -> None:
-        """Make the model float32 again, with the masters as its trained weights: for merging without another rounding."""
+        """Make the model float32 again, on the CPU, with the masters as its trained weights: for merging without rounding."""
         for weight in model.parameters():
-            weight.data = weight.data.float()
+            weight.data = weight.data.to("cpu", torch.float32)
         for master, weight in zip(self.parameters, self.weights, strict=True):
-            weight.data = master.data
+            weight.data = master.data.cpu()
         model.config.dtype = torch.float32
 
     @torch.no_grad()

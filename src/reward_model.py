@@ -56,7 +56,6 @@ class AceRewardModel:
     ):
         assert not (offload and load_in_8bit)
         self.device = torch.device(device)
-        self.max_length = max_length
         self.batch_tokens = batch_tokens
         self.failed = 0
         self.truncated = 0
@@ -66,12 +65,18 @@ class AceRewardModel:
         else:
             self.model, self.tokenizer = load_classifier(model_name, dtype, load_in_8bit)
         self.model.eval().requires_grad_(False)
-        self.homes = None
+        self.config = self.model.config.get_text_config()
+        self.max_length = min(max_length, getattr(self.config, "max_position_embeddings", max_length))
+        self.homes: list[torch.Tensor] | None = None
         if offload:
-            pin = self.device.type == "cuda"
-            self.homes = [w.data.pin_memory() if pin else w.data for w in self.model.parameters()]
-            for weight, home in zip(self.model.parameters(), self.homes, strict=True):
-                weight.data = home
+            self.homes = []
+            for weight in self.model.parameters():
+                weight.data = weight.data.clone()  # out of the file's mapping
+                self.homes.append(weight.data)
+                if self.device.type == "cuda":
+                    # Pins what is there; pin_memory() would round each block up to a power of two. Where the system
+                    # refuses, transfers are slower and all else is the same.
+                    torch.cuda.cudart().cudaHostRegister(weight.data.data_ptr(), weight.data.nbytes, 0)
             for buffer in self.model.buffers():  # rotary frequencies: a few kilobytes
                 buffer.data = buffer.data.to(self.device)
         else:
@@ -94,7 +99,7 @@ class AceRewardModel:
             self.truncated += 1
             before = self.tokenizer.apply_chat_template(head, tokenize=False, add_generation_prompt=True)
             kept = len(self.tokenizer.encode(before, add_special_tokens=False))
-            ids = ids[:kept] + ids[kept + excess :]
+            ids = ids[:kept] + ids[kept + excess :] if kept < self.max_length else ids[excess:]
         return tuple(ids)
 
     def compute_reward(self, prompt: str, response: str) -> float:
@@ -153,8 +158,8 @@ class AceRewardModel:
         """Scores of one batch, in halves where memory runs out; nan where that does not help."""
         try:
             return self._forward(texts).tolist()
-        except RuntimeError as error:
-            reason = str(error)
+        except Exception as error:  # whatever a model of somebody else's raises: scoring does not stop a run
+            reason = f"{type(error).__name__}: {error}"
             out_of_memory = isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
         # Outside of the handler, whose traceback would keep the failed pass's tensors alive.
         if out_of_memory:
@@ -175,8 +180,8 @@ class AceRewardModel:
         # transformers takes the last token that is not padding as the one that is scored: with a padding id that occurs
         # in the text (Llama templates end in it) that would be the wrong one, so an id that does not occur serves.
         used = {i for ids in texts for i in ids}
-        pad = next(i for i in range(self.model.config.vocab_size) if i not in used)
-        self.model.config.pad_token_id = pad
+        pad = next(i for i in range(self.config.vocab_size) if i not in used)
+        self.config.pad_token_id = pad
         longest = max(map(len, texts))
         ids = torch.tensor([[*ids, *[pad] * (longest - len(ids))] for ids in texts], device=self.device)
         mask = (torch.arange(longest) < torch.tensor([[len(ids)] for ids in texts])).to(self.device)
@@ -303,27 +308,33 @@ def choose_reward_model(
     if load_in_8bit and name == EMBEDDED:
         raise InputError("--reward-model-8bit: the embedded reward model has no int8 form; it takes 0.3 GB as it is")
     on_host = pick_dtype(torch.device("cpu"), "auto")
+    places = [placement]
+    if placement == "cuda" or device.type == "cpu":
+        places = ["device"]
+    elif placement == "auto":
+        # On the CPU a model of 7 billion weights takes minutes a step: only where it was asked for.
+        places = ["device", "offload", "cpu"] if requested != "auto" else ["device", "offload"]
+        if device.type != "cuda" or load_in_8bit:
+            places.remove("offload")
     options = []
-    for place in {"auto": ("device", "offload", "cpu"), "cuda": ("device",)}.get(placement, (placement,)):
-        if place == "cpu" and device.type == "cpu":
-            place = "device"
+    for place in places:
         where, what = (torch.device("cpu"), on_host) if place == "cpu" else (device, dtype)
         try:
             weights = reward_model_bytes(name, what, load_in_8bit)
         except InputError as error:
             return RewardModelChoice(None, str(error), failed=True)
         options.append(RewardModelChoice(name, why, place, where, what, load_in_8bit, weights))
-    if placement != "auto" or device.type != "cuda":
+    if len(options) == 1 and requested != "auto":
         return options[0]
     room = lambda option: option.placement == "device" or option.weights <= host_free  # noqa: E731
-    fits = lambda option: replace(plan, reward_weights=option.weights, reward_placement=option.placement).most() <= free  # noqa: E731
-    if requested == "auto":  # on the CPU a model of 7 billion weights would take minutes a step: only where asked for
-        options = options[:2]
+    planned = lambda option: replace(plan, reward_weights=option.weights, reward_placement=option.placement)  # noqa: E731
     for option in options:
-        if room(option) and fits(option):
+        if room(option) and planned(option).most() <= free:
             return option
-    if requested != "auto":
+    if name == EMBEDDED:
         return options[0]
+    if requested != "auto":  # what may fit, or else a refusal that names the ways out
+        return next((o for o in options if room(o) and planned(o).least() <= free), options[0])
     needed = replace(plan, reward_weights=options[0].weights).most()
     return RewardModelChoice(
         None, f"auto: {ACEMATH} and the policy need up to {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"

@@ -46,6 +46,13 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+@pytest.fixture(autouse=True)
+def the_hub_is_asked_anew():
+    from src.models import _ask_hub
+
+    _ask_hub.cache_clear()
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     return byte_tokenizer()

@@ -37,6 +37,14 @@ def test_links_lead_somewhere(document):
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_no_gap_is_left(document):
+    text = document.read_text()
+    for name in ("WANDB_MODE", "PIP_EXTRA_INDEX_URL", "PIP_INDEX_URL", "HTTPS_PROXY"):
+        text = text.replace(name, "")
+    assert not re.search(r"\b[A-Z]{4,}_[A-Z_]+\b|^[A-Z]{6,}$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_tests_that_are_named_exist(document):
     tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
     for name in re.findall(r"`(test_\w+)`", document.read_text()):

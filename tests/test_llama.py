@@ -2,36 +2,12 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MistralConfig, Qwen2Config
 
 from src import llama
 from src.llama import Layout, packed_hidden
 from tests.conftest import make_policy
+from tests.test_decoder import MODELS
 
-SMALL = dict(
-    vocab_size=80, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.2
-)
-
-
-def build(config):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if name.endswith("bias") or "norm" in name:  # made as zeros and ones, which would hide a forgotten one
-                p.normal_()
-    return model
-
-
-MODELS = {
-    "grouped heads": lambda: make_policy(),
-    "one key head": lambda: make_policy(num_key_value_heads=1),
-    "as many key heads": lambda: make_policy(num_key_value_heads=4),
-    "tied": lambda: make_policy(tie_word_embeddings=True),
-    "wide heads": lambda: make_policy(head_dim=16),
-    "qwen2": lambda: build(Qwen2Config(**SMALL, num_key_value_heads=2)),
-    "mistral": lambda: build(MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=None)),
-}
 LENGTHS = [([7, 5, 6], [[4, 1, 6], [3, 3], []]), ([3], [[5, 5]]), ([2, 9], [[], []]), ([4, 4], [[0, 0], [2, 0]])]
 
 

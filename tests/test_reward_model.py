@@ -118,8 +118,11 @@ def test_a_long_response_loses_its_start(reward_model_folder):
     assert text.startswith(f"<|system|>\n{SYSTEM}</s>\n<|user|>\nWhat is 5 + 3?</s>\n<|assistant|>\n")
     assert text.endswith("right 8</s>\n")
     assert short.truncated == 1
+    assert len(short.encode("a question that is itself too long " * 9, "right 8")) == 150
+    assert short.tokenizer.decode(short.encode("too long " * 99, "right 8")).endswith("right 8</s>\n")
+    assert short.truncated == 3
     short.score_texts("What is 5 + 3?", ["8", "long " * 50, "8"])
-    assert short.truncated == 2
+    assert short.truncated == 4
 
 
 @pytest.mark.parametrize(
@@ -156,7 +159,7 @@ def test_what_cannot_be_scored_is_zero_and_counted(reward_model_folder, monkeypa
             if fault == "out of memory":
                 raise torch.OutOfMemoryError("CUDA out of memory.")
             if fault == "raises" and len(texts) == 1:
-                raise RuntimeError("CUBLAS_STATUS_EXECUTION_FAILED")
+                raise IndexError("index out of range in self")
             if fault in ("nan", "inf"):
                 return torch.where(torch.tensor([t == longest for t in texts]), torch.tensor(float(fault)), forward(texts))
         return forward(texts)
@@ -269,7 +272,9 @@ def acemath_of_14_gb(monkeypatch):
         (15, 99, "auto", None),
         (15, 99, "some/reward-model", "cpu"),
         (24, 1, "some/reward-model", "device"),
-        (5, 1, "some/reward-model", "device"),  # nowhere: check_fits refuses it with the ways out
+        (19, 15, "some/reward-model", "offload"),
+        (13, 99, "some/reward-model", "cpu"),  # 8.8 and no more
+        (9.5, 1, "some/reward-model", "device"),  # nowhere: check_fits refuses it with the ways out
     ],
 )
 def test_auto_takes_the_first_place_with_room(acemath_of_14_gb, free_gb, host_gb, requested, expected):
@@ -289,6 +294,7 @@ def test_the_placement_asked_for_is_taken(acemath_of_14_gb):
     assert choose(99, 99, "x", "cpu").device == CPU
     assert choose(99, 99, "x", "cpu", device=CPU).placement == "device"
     assert choose(99, 99, "x", eight_bit=True).weights == 7e9
+    assert choose(12, 99, "x", eight_bit=True).placement == "cpu"  # int8 is not offloaded
     for placement in ("cuda", "offload"):
         with pytest.raises(InputError, match=f"--reward-model-device {placement}: this run is on cpu"):
             choose(99, 99, "x", placement, device=CPU)
