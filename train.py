@@ -590,7 +590,7 @@ def plan_memory(
         models.add_lora(skeleton, lora_rank)
     longest, shortest = max(map(len, prompt_ids)), min(map(len, prompt_ids))
     plan = Plan(
-        measure(skeleton, device.type), device.type, completions, group_size, micro_batch_size, prompt_length=longest,
+        measure(skeleton), device.type, completions, group_size, micro_batch_size, prompt_length=longest,
         completion_length=min(max_new_tokens or max_length, max_length - shortest), reference=kl_weight > 0 and not lora_rank,
     )  # fmt: skip
     free, host_free = free_memory(device), free_memory(torch.device("cpu"))
@@ -604,7 +604,7 @@ def plan_memory(
         raise InputError(f"--reward-mode rm: there is no reward model ({choice.why}); name one with --reward-model-name")
     plan = replace(plan, reward_weights=choice.weights, reward_placement=choice.placement)
     eight_bit = choice.weights / 2 if choice.name not in (None, models.EMBEDDED) and not choice.load_in_8bit else 0.0
-    check_fits(plan, free, lambda: measure(models.add_lora(skeleton, 16).get_base_model(), device.type), eight_bit)
+    check_fits(plan, free, lambda: measure(models.add_lora(skeleton, 16).get_base_model()), eight_bit)
     return choice
 
 

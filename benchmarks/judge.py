@@ -94,8 +94,8 @@ def main() -> None:
     easy = train.read_prompts(str(ROOT / "data/arithmetic_test.jsonl"), "--data")
     hard = train.read_prompts(str(ROOT / "data/arithmetic_hard_test.jsonl"), "--data")
     judge = AceRewardModel("embedded", device, models.pick_dtype(device, "auto"))
-    easy_pairs, rollout_s = sampled(easy, 250, 8, seed=1)
-    hard_pairs, _ = sampled(hard, 250, 32, seed=2)
+    easy_pairs, rollout_s = sampled(easy, 300, 8, seed=1)
+    hard_pairs, _ = sampled(hard, 200, 32, seed=2)
     sets = {
         "written, easy": written(rng, easy, 250),
         "written, hard": written(rng, hard, 250),

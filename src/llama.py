@@ -23,9 +23,9 @@ FIXED_ROTARY = ("default", "linear", "llama3", "yarn")  # whose angles depend on
 
 
 def fits(model: PreTrainedModel) -> bool:
-    """Whether a model is one that this module computes, down to plain linear layers, and on a CPU (or without weights)."""
+    """Whether a model is one that this module computes, down to plain linear layers, and on a CPU."""
     config = model.config
-    if model.device.type not in ("cpu", "meta") or config.model_type not in LLAMA_LIKE or config.hidden_act != "silu":
+    if model.device.type != "cpu" or config.model_type not in LLAMA_LIKE or config.hidden_act != "silu":
         return False
     if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or []):
         return False
@@ -263,16 +263,6 @@ def _forward(
     if keep is not None:
         keep += [x, scale, cos, sin]
     return normed(x, scale, weights[-1]), attention
-
-
-def bytes_kept(model: PreTrainedModel) -> int:
-    """What `packed_hidden` keeps for the gradient, per token: x, qkv, attended, after, gated, upped and two scales a layer."""
-    config, attention = model.config, model.model.layers[0].self_attn
-    heads = config.num_attention_heads * attention.head_dim
-    kv_heads = config.num_key_value_heads * attention.head_dim
-    rounded = 2 * heads + 2 * kv_heads + 2 * config.intermediate_size
-    layer = rounded * model.dtype.itemsize + (2 * config.hidden_size + 2) * 4
-    return config.num_hidden_layers * layer + (config.hidden_size + 1 + 2 * attention.head_dim) * 4
 
 
 class _PackedHidden(torch.autograd.Function):

@@ -151,9 +151,9 @@ def head_logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
 def _by_hand(action_mask: torch.Tensor, packed: list[list[int]]) -> bool:
     """Whether attention by hand (llama.py) is the faster one for these rows.
 
-    It computes every completion at the length of the longest against its prompt; the general path each packed row against itself,
-    but a pair of tokens costs it about half as much: 8 x 64, 200 and 400 tokens behind 100 took 0.09, 0.31, 0.72 s by hand and 0.12,
-    0.41, 0.61 s in general, one of 400 with seven of 60 0.33 and 0.19 s.
+    It computes every completion at the length of the longest against its prompt; the general path each packed row against
+    itself, but a pair of tokens costs it about half as much: 8 x 64, 200 and 400 tokens behind 100 took 0.09, 0.31, 0.72 s by
+    hand and 0.12, 0.41, 0.61 s in general, one of 400 with seven of 60 0.33 and 0.19 s.
     """
     prompts = [int(action_mask[members[0]].int().argmax()) + 1 for members in packed]
     lengths = [action_mask[members].sum(dim=1).tolist() for members in packed]

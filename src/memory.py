@@ -11,7 +11,6 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
-from src import llama
 from src.errors import InputError
 from src.logprobs import CHUNK_TOKENS
 
@@ -32,12 +31,11 @@ class ModelSize:
     vocabulary: int
 
 
-def measure(skeleton: PreTrainedModel, device: str) -> ModelSize:
-    """Size up a causal language model by a forward pass without numbers.
+def measure(skeleton: PreTrainedModel) -> ModelSize:
+    """Size up a causal language model by a forward pass without numbers; short completions on a CPU keep half of it (llama.py).
 
     Args:
         skeleton: On the meta device (`models.skeleton`), in the dtype that it will compute in.
-        device: Where it will: cpu, cuda or mps.
     """
     config, tokens = skeleton.config, 16
     weights = {w.untyped_storage()._cdata for w in skeleton.parameters()}
@@ -53,15 +51,12 @@ def measure(skeleton: PreTrainedModel, device: str) -> ModelSize:
     kept: list[torch.Tensor] = []
     ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
     mask = torch.zeros(1, 1, tokens, tokens, dtype=skeleton.dtype, device="meta")  # given, or transformers looks for padding
-    if device == "cpu" and llama.fits(skeleton):
-        saved = {0: tokens * llama.bytes_kept(skeleton)}
-    else:
-        try:
-            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-                skeleton.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
-        except Exception:  # a model that looks at numbers on its way (OPT, mixtures of experts): no reason not to train it
-            rough = 34 * config.hidden_size * config.num_hidden_layers * skeleton.dtype.itemsize  # arXiv:2205.05198, equation 2
-            saved = {0: tokens * rough}
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            skeleton.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+    except Exception:  # a model that looks at numbers on its way (OPT, mixtures of experts): no reason not to train it
+        rough = 34 * config.hidden_size * config.num_hidden_layers * skeleton.dtype.itemsize  # arXiv:2205.05198, equation 2
+        saved = {0: tokens * rough}
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return ModelSize(
