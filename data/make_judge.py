@@ -17,7 +17,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 import tyro
-from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data.make_arithmetic import WORDINGS
@@ -154,8 +153,7 @@ def main(
     folder = models.embedded_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(model, config, autocast_adapter_dtype=False)
+    model = models.add_lora(model, rank)
     master = models.MasterWeights(model, models.pick_dtype(torch.device("cpu"), "auto"))
     optimizer = torch.optim.AdamW(master.parameters, lr=lr, weight_decay=0.0)
     warmup = 20

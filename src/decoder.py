@@ -118,10 +118,8 @@ class LlamaDecoder:
                 last.append(hidden[end - 1])
                 rows = slice(q * group_size, (q + 1) * group_size)
                 for cache, keys_values in zip(self.cache, read, strict=True):
-                    kv = keys_values[end - length : end].view(length, 2, self.kv_heads, self.head_dim)
-                    cache[:, rows, :, self.filled - length : self.filled] = kv.permute(1, 2, 0, 3)[
-                        :, None
-                    ]  # (2, 1, K, length, E)
+                    kv = keys_values[end - length : end].view(length, 2, self.kv_heads, self.head_dim).permute(1, 2, 0, 3)
+                    cache[:, rows, :, self.filled - length : self.filled] = kv[:, None]  # (2, 1, K, length, E)
                     cache[:, rows, :, : self.filled - length] = 0  # masked, but 0 x nan would be nan
         self.positions = torch.tensor(lengths).repeat_interleave(group_size)  # (B,) where the next token goes
         self.bias = None  # (n, 1, 1, columns), added to the attention scores, where prompts are padded
