@@ -1,9 +1,9 @@
 """Log-probabilities of given completions under a model: one path for the current policy and for the reference.
 
 A question's completions lie behind one copy of their prompt in one packed row: positions restart at each, and a mask keeps
-them apart, so that the prompt is computed once and nothing is padding. Logits exist for completion tokens only,
-`CHUNK_TOKENS` of them at a time, and are computed again in the backward pass: a batch's full logits would be larger than
-the embedded model itself.
+them apart, so that the prompt is computed once and nothing is padding. Logits exist for completion tokens only, for a block
+of the vocabulary at a time, and are computed again in the backward pass: a batch's full logits would be larger than the
+embedded model itself.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from src import llama
 
 PASS_COST = 64  # what one more forward and backward pass costs, in tokens of a pass
 PACKED_TOKENS = 768  # a packed row grows to this: attention looks at its square
-CHUNK_TOKENS = 256  # at a vocabulary of 49,152, 50 MB of float32 logits
+VOCABULARY_BLOCK = 1024  # logits of a token at once on a CPU: of 2,000 tokens they stay in its cache
 
 
 @dataclass
@@ -148,6 +148,11 @@ def head_logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
         matmul.fp32_precision = before
 
 
+def vocabulary_block(device: str) -> int:
+    """Logits of a token that exist at once on a kind of device; where each kernel has to be launched, more."""
+    return VOCABULARY_BLOCK if device == "cpu" else 8 * VOCABULARY_BLOCK
+
+
 def _by_hand(action_mask: torch.Tensor, packed: list[list[int]]) -> bool:
     """Whether attention by hand (llama.py) is the faster one for these rows.
 
@@ -164,48 +169,52 @@ def _by_hand(action_mask: torch.Tensor, packed: list[list[int]]) -> bool:
 
 
 class _TokenLogProbs(torch.autograd.Function):
-    """log_softmax((hidden W^T + b) / temperature) at the targets, CHUNK_TOKENS rows of logits at a time.
+    """log_softmax((hidden W^T + b) / temperature) at the targets, a block of the vocabulary at a time.
 
     The gradient of the log-prob of target y in the logits is (onehot(y) - softmax) / temperature; written out, it is made in
-    place of the logits, where autograd would keep and walk several tensors of their size.
+    place of a block's logits, where autograd would keep and walk several tensors of the size of all.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, temperature):
         """hidden (N, D), weight (V, D), bias (V,) or None, targets (N,) -> log-probs (N,) float32."""
-        log_probs = torch.empty(len(targets), device=hidden.device)
-        wide = head_weight(weight)
-        totals = torch.empty_like(log_probs)
-        for start in range(0, len(targets), CHUNK_TOKENS):
-            part = slice(start, start + CHUNK_TOKENS)
-            logits = head_logits(hidden[part], wide, bias).div_(temperature)  # (n, V)
-            of_target = logits.gather(1, targets[part, None])[:, 0]
-            highest = logits.amax(dim=1, keepdim=True)
-            totals[part] = logits.sub_(highest).exp_().sum(dim=1).log_() + highest[:, 0]  # logsumexp, in place
-            log_probs[part] = of_target - totals[part]
+        totals = torch.full((len(targets),), -torch.inf, device=hidden.device)  # logsumexp of the logits so far
+        of_target = torch.empty_like(totals)
+        for part in _vocabulary_blocks(weight):
+            logits = head_logits(hidden, head_weight(weight[part]), None if bias is None else bias[part]).div_(temperature)
+            totals = torch.logaddexp(totals, logits.logsumexp(dim=1))
+            here = ((targets >= part.start) & (targets < part.stop)).nonzero()[:, 0]
+            of_target[here] = logits[here, targets[here] - part.start]
         ctx.save_for_backward(hidden, weight, bias, targets, totals)
         ctx.temperature = temperature
-        return log_probs
+        return of_target - totals
 
     @staticmethod
     def backward(ctx, grad):
         hidden, weight, bias, targets, totals = ctx.saved_tensors
-        grad = grad / ctx.temperature
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
-        for start in range(0, len(targets), CHUNK_TOKENS):
-            part = slice(start, start + CHUNK_TOKENS)
-            logits = F.linear(hidden[part], weight, bias).float().div_(ctx.temperature)  # rounded, as the gradient will be
-            of_logits = logits.sub_(totals[part, None]).exp_().mul_(-grad[part, None])  # (n, V)
-            of_logits.scatter_add_(1, targets[part, None], grad[part, None])
-            of_logits = of_logits.to(hidden.dtype)
-            torch.mm(of_logits, weight, out=grad_hidden[part])
+        dtype, grad = hidden.dtype, grad[:, None] / ctx.temperature  # (N, 1)
+        grad_hidden = weight[targets] * grad  # (N, D) float32; what the targets' onehot adds, then the softmax
+        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        grad_bias = torch.empty_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
+        for part in _vocabulary_blocks(weight):
+            logits = F.linear(hidden, weight[part], None if bias is None else bias[part])  # rounded, as the gradient will be
+            logits = logits.float().div_(ctx.temperature)
+            of_logits = logits.sub_(totals[:, None]).exp_().mul_(-grad).to(dtype)  # (N, v)
+            grad_hidden += of_logits @ weight[part]
             if grad_weight is not None:
-                grad_weight.addmm_(of_logits.T, hidden[part])
+                torch.mm(of_logits.T, hidden, out=grad_weight[part])
             if grad_bias is not None:
-                grad_bias += of_logits.sum(dim=0)
-        return grad_hidden, grad_weight, grad_bias, None, None
+                torch.sum(of_logits, dim=0, out=grad_bias[part])
+        if grad_weight is not None:
+            grad_weight.index_add_(0, targets, (hidden * grad).to(dtype))
+        if grad_bias is not None:
+            grad_bias.index_add_(0, targets, grad[:, 0].to(dtype))
+        return grad_hidden.to(dtype), grad_weight, grad_bias, None, None
+
+
+def _vocabulary_blocks(weight: torch.Tensor) -> list[slice]:
+    size = vocabulary_block(weight.device.type)
+    return [slice(start, min(start + size, len(weight))) for start in range(0, len(weight), size)]
 
 
 def _flatten(

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from src.errors import InputError
-from src.logprobs import CHUNK_TOKENS
+from src.logprobs import vocabulary_block
 
 PROGRAM = {"cpu": 0.9e9, "cuda": 0.8e9, "mps": 0.5e9}  # Python and its libraries; on a GPU the context and its kernels
 CGROUP = Path("/sys/fs/cgroup")  # of this process, as containers mount it
@@ -108,7 +108,7 @@ class Plan:
             "score": {"reward model": self.reward_weights if self.reward_placement == "offload" else 0.0},
             "update": {
                 "gradients": p.trained * (4.0 + (p.itemsize if separate else 0.0)),
-                "logits": (8.0 + p.itemsize) * CHUNK_TOKENS * p.vocabulary,
+                "logits": (8.0 + p.itemsize) * tokens * min(vocabulary_block(self.device), p.vocabulary),
                 "activations": tokens * p.activation,
             },
         }

@@ -37,7 +37,7 @@ def naive(policy, ids, mask, actions, temperature):
 @pytest.mark.parametrize("group_size", [1, 2])
 @pytest.mark.parametrize(("chunk", "size"), [(1, 64), (4, 3), (1000, 1)])
 def test_values_and_gradients_equal_the_plain_ones_however_packed_and_cut(monkeypatch, chunk, size, group_size, attention):
-    monkeypatch.setattr(logprobs, "CHUNK_TOKENS", chunk)
+    monkeypatch.setattr(logprobs, "VOCABULARY_BLOCK", chunk)
     policy = make_policy(attn_implementation="sdpa" if attention == "by hand" else attention)
     monkeypatch.setattr(logprobs, "_by_hand", lambda *_: attention == "by hand")
     ids, mask, actions = batch()
@@ -111,7 +111,7 @@ class WideTensors(TorchDispatchMode):
 
 
 def test_logits_never_exist_for_more_than_a_chunk_of_completion_tokens(policy, monkeypatch):
-    monkeypatch.setattr(logprobs, "CHUNK_TOKENS", 4)
+    monkeypatch.setattr(logprobs, "VOCABULARY_BLOCK", 4)
     policy.lm_head.requires_grad_(False)  # its own gradient has the vocabulary as a dimension too
     policy.model.embed_tokens.requires_grad_(False)
     ids, mask, actions = batch()
@@ -202,7 +202,7 @@ def test_the_reference_is_frozen_and_apart(policy):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("frozen_head", [True, False])
 def test_the_written_out_gradient_of_the_head_equals_autograds(monkeypatch, bias, frozen_head):
-    monkeypatch.setattr(logprobs, "CHUNK_TOKENS", 3)
+    monkeypatch.setattr(logprobs, "VOCABULARY_BLOCK", 3)
     torch.manual_seed(0)
     head = torch.nn.Linear(6, 11, bias=bias).requires_grad_(not frozen_head)
     hidden, targets, upstream = torch.randn(8, 6, requires_grad=True), torch.randint(11, (8,)), torch.randn(8)
