@@ -17,9 +17,10 @@ from transformers import PreTrainedModel
 
 LLAMA_LIKE = ("llama", "mistral", "qwen2")  # RMSNorm, rotary positions, grouped heads, SwiGLU, and nothing else
 FIXED_ROTARY = ("default", "linear", "llama3", "yarn")  # whose angles depend on the position alone
+BLOCK_PAIRS = 2**17  # of tokens in attention at once: with 9 heads their scores take 2 MB in bfloat16, a core's cache
 
-# Shapes: N tokens of all sequences, D hidden size, H heads of E entries, K heads of keys and of values;
-# R prompts of at most P tokens, C completions of at most L tokens.
+# Shapes: N tokens of all sequences, D hidden size, H heads of E entries, K heads of keys and of values, share = H / K;
+# c sequences of at most l tokens in a block, m keys of each.
 
 
 def fits(model: PreTrainedModel) -> bool:
@@ -41,41 +42,63 @@ def fits(model: PreTrainedModel) -> bool:
 
 @dataclass
 class Layout:
-    """Where the tokens of prompts and of their completions lie in one flat list."""
+    """Where the tokens of prompts, and then of their completions, lie in one flat list."""
 
     positions: torch.Tensor  # (N,) int64, of each token in its own sequence
-    prompts: torch.Tensor  # (R, P) int64, places of the prompts' tokens, 0 beyond their end
-    prompt_real: torch.Tensor  # (R, P) bool
-    completions: torch.Tensor  # (C, L) int64; L is 0 where there are none
-    completion_real: torch.Tensor  # (C, L) bool
-    prompt_of: torch.Tensor  # (C,) int64, the prompt of each completion
+    blocks: list["Block"]  # every sequence is in one; those of the prompts come first
 
     @staticmethod
     def of(prompt_lengths: list[int], completion_lengths: list[list[int]]) -> "Layout":
-        """Each prompt followed by its completions."""
-        positions, prompts, completions, prompt_of, place = [], [], [], [], 0
-        for row, (length, own) in enumerate(zip(prompt_lengths, completion_lengths, strict=True)):
-            prompts.append(list(range(place, place + length)))
-            positions += range(length)
-            place += length
-            for n in own:
-                completions.append(list(range(place, place + n)))
-                positions += range(length, length + n)
-                prompt_of.append(row)
-                place += n
-        prompt_places, prompt_real = _table(prompts)
-        places, real = _table(completions)
-        return Layout(
-            torch.tensor(positions), prompt_places, prompt_real, places, real, torch.tensor(prompt_of, dtype=torch.long)
-        )
+        """All prompts, then the completions of the first, of the second, and so on."""
+        blocks, place = _cut(prompt_lengths, 0, slice(0, 0))
+        positions = [torch.arange(length) for length in prompt_lengths]
+        start = 0
+        for length, own in zip(prompt_lengths, completion_lengths, strict=True):
+            more, place = _cut(own, place, slice(start, start + length))
+            blocks += more
+            positions += [torch.arange(length, length + n) for n in own]
+            start += length
+        return Layout(torch.cat(positions), blocks)
 
 
-def _table(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lists of places as the rows of a tensor, 0 where a list is shorter, and which entries are real."""
-    longest = max(map(len, rows), default=0)
-    lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
-    places = torch.tensor([row + [0] * (longest - len(row)) for row in rows], dtype=torch.long).view(len(rows), longest)
-    return places, torch.arange(longest) < lengths[:, None]
+class Block:
+    """Sequences that lie one after the other, whose attention is computed together: padded to the longest, behind one prompt."""
+
+    def __init__(self, start: int, lengths: list[int], prompt: slice):
+        self.prompt = prompt  # its places; empty where the sequences are prompts themselves
+        self.count, self.length = len(lengths), max(lengths)
+        self.span = slice(start, start + sum(lengths))
+        self.real = self.unreal = None  # of the count x length entries, where some are not real
+        if min(lengths) < self.length:
+            real = torch.arange(self.length) < torch.tensor(lengths)[:, None]
+            self.places = real.flatten().cumsum(0) - 1  # within the span; what is not real repeats a neighbour
+            self.real, self.unreal = real.flatten().nonzero()[:, 0], (~real).flatten().nonzero()[:, 0]
+
+    def take(self, x: torch.Tensor) -> torch.Tensor:
+        """Rows of x (N, ...) as (count, length, ...)."""
+        own = x[self.span]
+        return (own if self.real is None else own[self.places]).view(self.count, self.length, *x.shape[1:])
+
+    def put(self, out: torch.Tensor, rows: torch.Tensor) -> None:
+        """Write rows (count, length, ...) into out (N, ...)."""
+        if self.real is None:
+            out[self.span].view(rows.shape).copy_(rows)
+        else:
+            torch.index_select(rows.flatten(0, 1), 0, self.real, out=out[self.span])
+
+
+def _cut(lengths: list[int], place: int, prompt: slice) -> tuple[list[Block], int]:
+    """Blocks of at most BLOCK_PAIRS for sequences that lie from `place` on, and where the last ends."""
+    blocks, own, before = [], [], prompt.stop - prompt.start
+    for length in filter(None, lengths):
+        longest = max([length, *own])
+        if own and (len(own) + 1) * longest * (before + longest) > BLOCK_PAIRS:
+            blocks.append(Block(place, own, prompt))
+            place, own = place + sum(own), []
+        own.append(length)
+    if own:
+        blocks.append(Block(place, own, prompt))
+    return blocks, place + sum(own)
 
 
 def packed_hidden(model: PreTrainedModel, ids: torch.Tensor, layout: Layout, keep_cache: list | None = None) -> torch.Tensor:
@@ -137,12 +160,15 @@ def normed(x: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor) -> torch.
 def _norm_backward(
     grad: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of `normed` in x (n, D) float32 and in the weight."""
-    unit = x * scale
-    grad_weight = (grad * unit).sum(dim=0).to(weight.dtype)
-    grad_unit = grad * weight.float()  # float32
-    along = torch.linalg.vecdot(grad_unit, unit)[:, None].div_(x.shape[-1])
-    return grad_unit.addcmul_(unit, along, value=-1).mul_(scale), grad_weight
+    """Gradients of `normed` in x (n, D) float32 and in the weight.
+
+    Layer norm's own kernel, told that the mean is 0; what it takes off for the mean's gradient is given back.
+    """
+    grad, wide = grad.float(), weight.float()
+    of_x, of_weight, _ = torch.ops.aten.native_layer_norm_backward(
+        grad, x, x.shape[1:], torch.zeros_like(scale), scale, wide, wide, [True, True, False]
+    )
+    return of_x.addcmul_(scale, (grad @ wide)[:, None], value=1 / x.shape[1]), of_weight.to(weight.dtype)
 
 
 class _Attention:
@@ -152,81 +178,62 @@ class _Attention:
     """
 
     def __init__(self, layout: Layout, heads: int, kv_heads: int, dtype: torch.dtype):
-        self.layout, self.heads, self.kv_heads = layout, heads, kv_heads
+        self.blocks, self.heads, self.kv_heads = layout.blocks, heads, kv_heads
         self.share = heads // kv_heads
-        self.real = [mask.flatten().nonzero()[:, 0] for mask in (layout.completion_real, layout.prompt_real)]
-        self.tables = [layout.completions, layout.prompts]  # (b, l) places each
-        lowest = torch.finfo(dtype).min
-        (rows, prompt), (count, length) = layout.prompts.shape, layout.completions.shape
-        before = torch.zeros(count, length, prompt + length, dtype=dtype, device=layout.positions.device)
-        before[:, :, :prompt].masked_fill_(~layout.prompt_real[layout.prompt_of][:, None], lowest)
-        before[:, :, prompt:] = torch.full((length, length), lowest, dtype=dtype, device=before.device).triu(1)
-        causal = torch.full((prompt, prompt), lowest, dtype=dtype, device=before.device).triu(1).expand(rows, prompt, prompt)
-        self.biases = [
-            bias[:, None, None]
-            .expand(-1, kv_heads, self.share, -1, -1)
-            .reshape(len(bias) * kv_heads, self.share * bias.shape[1], bias.shape[2])
-            for bias in (before, causal)
-        ]
+        self.biases = [self._bias(block, dtype) for block in self.blocks]
+
+    def _bias(self, block: Block, dtype: torch.dtype) -> torch.Tensor:
+        """(share x l, m), added to the scores; m a whole number of vectors, since softmax of 125 takes 2.5 times that of 128."""
+        before, length = block.prompt.stop - block.prompt.start, block.length
+        bias = torch.full((length, -(-(before + length) // 32) * 32), torch.finfo(dtype).min, dtype=dtype)
+        return bias.triu(before + 1).repeat(self.share, 1)
 
     def forward(self, qkv: torch.Tensor) -> torch.Tensor:
         """(N, H + 2K, E) rotated queries, keys and values -> (N, H E)."""
         out = qkv.new_empty(len(qkv), self.heads, qkv.shape[-1])
-        for i, (q, k, v) in enumerate(self._split(qkv)):
-            self._place(out, i, self._probs(i, q, k) @ v)
+        for block, bias in zip(self.blocks, self.biases, strict=True):
+            q, k, v = self._split(block, qkv, bias.shape[1])
+            attended = self._probs(bias, q, k) @ v
+            block.put(out, attended.view(block.count, self.heads, block.length, -1).transpose(1, 2))
         return out.flatten(1)
 
     def backward(self, grad: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
         """Gradient (N, H E) of the output -> (N, H + 2K, E)."""
-        layout, size = self.layout, qkv.shape[-1]
-        grads = []
-        for i, (q, k, v) in enumerate(self._split(qkv)):
-            probs = self._probs(i, q, k)
-            own = grad.view(len(grad), self.heads, size)[self.tables[i].flatten()]  # what is not real repeats token 0
-            if len(self.real[i]) < len(own):
-                own = torch.zeros_like(own).index_copy_(0, self.real[i], own[self.real[i]])
-            own = self._stack(own, i)
-            of_probs = own @ v.transpose(1, 2)
-            of_scores = torch._softmax_backward_data(of_probs, probs, -1, probs.dtype).mul_(size**-0.5)
-            grads.append((of_scores @ k, of_scores.transpose(1, 2) @ q, probs.transpose(1, 2) @ own))
-        (rows, prompt), (count, length) = layout.prompts.shape, layout.completions.shape
-        out = qkv.new_empty(qkv.shape)
-        (q, *kv), (prompt_q, *prompt_kv) = grads
-        kv = [x.view(count, self.kv_heads, prompt + length, size) for x in kv]
-        # A prompt's keys and values serve its own tokens and those of all its completions.
-        prompt_kv = [
-            x.view(rows, self.kv_heads, prompt, size).index_add(0, layout.prompt_of, of_completions[:, :, :prompt])
-            for x, of_completions in zip(prompt_kv, kv, strict=True)
-        ]
-        self._place(out, 0, torch.cat([q.view(count, self.heads, length, size), *(x[:, :, prompt:] for x in kv)], dim=1))
-        self._place(out, 1, torch.cat([prompt_q.view(rows, self.heads, prompt, size), *prompt_kv], dim=1))
+        out, size = torch.empty_like(qkv), qkv.shape[-1]
+        for block, bias in zip(self.blocks, self.biases, strict=True):
+            q, k, v = self._split(block, qkv, bias.shape[1])
+            probs = self._probs(bias, q, k)
+            of_attended = block.take(grad.view(len(grad), self.heads, size))
+            if block.unreal is not None:
+                of_attended.view(-1, self.heads, size).index_fill_(0, block.unreal, 0)
+            of_attended = of_attended.transpose(1, 2).reshape(q.shape)
+            of_scores = torch._softmax_backward_data(of_attended @ v.transpose(1, 2), probs, -1, probs.dtype).mul_(size**-0.5)
+            of_k, of_v = of_scores.transpose(1, 2) @ q, probs.transpose(1, 2) @ of_attended
+            of_q = (of_scores @ k).view(block.count, self.heads, block.length, size)
+            of_k, of_v = (x.view(block.count, self.kv_heads, -1, size) for x in (of_k, of_v))
+            before = block.prompt.stop - block.prompt.start
+            own = slice(before, before + block.length)
+            block.put(out, torch.cat([of_q, of_k[:, :, own], of_v[:, :, own]], dim=1).transpose(1, 2))
+            if before:  # written by the prompts' own blocks; its keys and values serve all its completions
+                of_prompt = torch.cat([of_k[:, :, :before], of_v[:, :, :before]], dim=1).sum(dim=0)
+                out[block.prompt, self.heads :] += of_prompt.transpose(0, 1)
         return out
 
-    def _split(self, qkv: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Queries (b K, share x l, E), keys and values (b K, m, E) of the completions, and of the prompts."""
-        size, heads = qkv.shape[-1], self.heads
-        own, front = (qkv[table].transpose(1, 2) for table in self.tables)  # (b, heads, l, E)
-        behind = torch.cat([front[self.layout.prompt_of, heads:], own[:, heads:]], dim=2)  # (C, 2K, P + L, E)
-        split = []
-        for x, kv in ((own, behind), (front, front[:, heads:])):
-            k, v = (part.reshape(-1, part.shape[2], size) for part in kv.chunk(2, dim=1))
-            split.append((x[:, :heads].reshape(len(k), self.share * x.shape[2], size), k, v))
-        return split
+    def _split(self, block: Block, qkv: torch.Tensor, keys: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries (c K, share x l, E), keys and values (c K, m, E) of a block."""
+        own, front, size = block.take(qkv), qkv[block.prompt, self.heads :], qkv.shape[-1]
+        count, length, before = block.count, block.length, len(front)
+        kv = qkv.new_empty(2, count, self.kv_heads, keys, size)
+        kv[..., :before, :] = front.view(before, 2, 1, self.kv_heads, size).permute(1, 2, 3, 0, 4)
+        kv[..., before : before + length, :] = (
+            own[:, :, self.heads :].view(count, length, 2, self.kv_heads, size).permute(2, 0, 3, 1, 4)
+        )
+        kv[..., before + length :, :] = 0
+        q = own[:, :, : self.heads].transpose(1, 2).reshape(count * self.kv_heads, self.share * length, size)
+        return q, *kv.flatten(1, 2).unbind()
 
-    def _stack(self, x: torch.Tensor, i: int) -> torch.Tensor:
-        """(b l, H, E) of table i -> (b K, share x l, E), as the queries lie."""
-        table = self.tables[i]
-        x = x.view(*table.shape, self.heads, x.shape[-1]).transpose(1, 2)
-        return x.reshape(len(table) * self.kv_heads, self.share * table.shape[1], x.shape[-1])
-
-    def _probs(self, i: int, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        return torch.baddbmm(self.biases[i], q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5).softmax(dim=-1)
-
-    def _place(self, out: torch.Tensor, i: int, x: torch.Tensor) -> None:
-        """Write (b, heads, l, E) of table i, stacked or not, into (N, heads, E)."""
-        table = self.tables[i]
-        rows = x.reshape(len(table), out.shape[1], table.shape[1], out.shape[2]).transpose(1, 2).flatten(0, 1)[self.real[i]]
-        out.index_copy_(0, table.flatten()[self.real[i]], rows)
+    def _probs(self, bias: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return torch.baddbmm(bias, q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5).softmax(dim=-1)
 
 
 def _forward(
@@ -234,7 +241,7 @@ def _forward(
     ids: torch.Tensor,
     layout: Layout,
     weights: list[torch.Tensor | None],
-    keep: list[torch.Tensor] | None,
+    keep: list[tuple[torch.Tensor, ...]] | None,
     keep_cache: list | None,
 ) -> tuple[torch.Tensor, _Attention]:
     """Hidden states after the last norm; `keep` takes what the gradient needs."""
@@ -253,42 +260,44 @@ def _forward(
         after = x + F.linear(attended, out)
         mlp_scale = rms_scale(after, eps)
         y = normed(after, mlp_scale, mlp_norm)
-        gated, upped = F.linear(y, gate), F.linear(y, up)
+        gated_upped = F.linear(y, torch.cat([gate, up]))
+        gated, upped = gated_upped.chunk(2, dim=1)
         if keep is not None:
-            keep += [x, scale, qkv, attended, after, mlp_scale, gated, upped]
+            keep.append((x, scale, qkv, attended, after, mlp_scale, gated_upped))
         if keep_cache is not None:
             keep_cache.append(qkv[:, heads:])
         x = after + F.linear(F.silu(gated).mul_(upped), down)
     scale = rms_scale(x, eps)
     if keep is not None:
-        keep += [x, scale, cos, sin]
+        keep.append((x, scale, cos, sin))
     return normed(x, scale, weights[-1]), attention
 
 
 class _PackedHidden(torch.autograd.Function):
     @staticmethod
     def forward(ctx, model, ids, layout, *weights):
-        keep: list[torch.Tensor] = []
-        hidden, ctx.attention = _forward(model, ids, layout, weights, keep, None)
+        ctx.keep = []
+        hidden, ctx.attention = _forward(model, ids, layout, weights, ctx.keep, None)
         ctx.ids, ctx.weights = ids, weights
-        ctx.save_for_backward(*keep)
         return hidden
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         weights, dtype, attention = ctx.weights, grad.dtype, ctx.attention
-        *saved, x, scale, cos, sin = ctx.saved_tensors
+        x, scale, cos, sin = ctx.keep.pop()
         grads: list[torch.Tensor | None] = [None] * len(weights)
         of_x, grads[-1] = _norm_backward(grad, x, scale, weights[-1])  # (N, D) float32, of the residual stream
         rotated = attention.heads + attention.kv_heads
-        for i in reversed(range(len(saved) // 8)):
+        for i in reversed(range(len(ctx.keep))):
             norm, q, k, v, *biases, out, mlp_norm, gate, up, down = weights[1 + PER_LAYER * i : 1 + PER_LAYER * (i + 1)]
-            x, scale, qkv, attended, after, mlp_scale, gated, upped = saved[8 * i : 8 * (i + 1)]
+            x, scale, qkv, attended, after, mlp_scale, gated_upped = ctx.keep.pop()  # and free it when it is used
+            gated, upped = gated_upped.chunk(2, dim=1)
             # down(silu(gate(y)) * up(y)), y = normed(after)
             of_out = of_x.to(dtype)
             silu = F.silu(gated)
             of_product = of_out @ down
-            of_gate_up = torch.empty(len(x), 2 * gated.shape[1], dtype=dtype, device=x.device)
+            of_gate_up = torch.empty_like(gated_upped)
             of_gate, of_up = of_gate_up.chunk(2, dim=1)
             torch.mul(of_product, silu, out=of_up)
             torch.ops.aten.silu_backward(of_product.mul_(upped), gated, grad_input=of_gate)

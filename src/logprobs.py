@@ -220,24 +220,27 @@ def _vocabulary_blocks(weight: torch.Tensor) -> list[slice]:
 def _flatten(
     sequence_ids: torch.Tensor, action_mask: torch.Tensor, packed: list[list[int]]
 ) -> tuple[torch.Tensor, llama.Layout, torch.Tensor]:
-    """Packed rows one after the other without padding, for `llama.packed_hidden`.
+    """All prompts, then all completions, without padding, for `llama.packed_hidden`.
 
     Returns:
         Token ids (n,), their layout, and for each sampled token (N,) the place of the token before it.
     """
-    ids, prompt_lengths, completion_lengths, predictors = [], [], [], []
+    ids, prompt_lengths, completions = [], [], []
     for members in packed:
         sequences, sampled = sequence_ids[members].tolist(), action_mask[members].tolist()
         start = sampled[0].index(True) + 1  # tokens of the prompt
-        last = len(ids) + start - 1  # its last token predicts the first of every completion; their last predicts nothing
         ids += sequences[0][:start]
-        counts = [sum(row) - 1 for row in sampled]
-        for sequence, count in zip(sequences, counts, strict=True):
-            predictors += [last, *range(len(ids), len(ids) + count)]
-            ids += sequence[start : start + count]
         prompt_lengths.append(start)
-        completion_lengths.append(counts)
-    return torch.tensor(ids), llama.Layout.of(prompt_lengths, completion_lengths), torch.tensor(predictors)
+        # A completion's last token predicts nothing.
+        completions.append([s[start : start + sum(row) - 1] for s, row in zip(sequences, sampled, strict=True)])
+    predictors, last = [], -1
+    for length, own in zip(prompt_lengths, completions, strict=True):
+        last += length  # a prompt's last token predicts the first of every completion
+        for completion in own:
+            predictors += [last, *range(len(ids), len(ids) + len(completion))]
+            ids += completion
+    layout = llama.Layout.of(prompt_lengths, [[len(c) for c in own] for own in completions])
+    return torch.tensor(ids), layout, torch.tensor(predictors)
 
 
 def _pack(

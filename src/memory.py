@@ -99,6 +99,7 @@ class Plan:
         prompts = -(-self.micro_batch_size // self.group_size)  # completions of a question share one (logprobs)
         tokens = self.micro_batch_size * self.completion_length + prompts * self.prompt_length
         positions = self.completions * (self.prompt_length + self.completion_length)
+        block = vocabulary_block(self.device)
         phases = {
             "rollout": {
                 "cache": positions * p.cache,
@@ -108,7 +109,7 @@ class Plan:
             "score": {"reward model": self.reward_weights if self.reward_placement == "offload" else 0.0},
             "update": {
                 "gradients": p.trained * (4.0 + (p.itemsize if separate else 0.0)),
-                "logits": (8.0 + p.itemsize) * tokens * min(vocabulary_block(self.device), p.vocabulary),
+                "logits": (8.0 + p.itemsize) * self.micro_batch_size * self.completion_length * min(block, p.vocabulary),
                 "activations": tokens * p.activation,
             },
         }

@@ -13,21 +13,21 @@ LENGTHS = [([7, 5, 6], [[4, 1, 6], [3, 3], []]), ([3], [[5, 5]]), ([2, 9], [[], 
 
 def one_by_one(model, ids, prompt_lengths, completion_lengths):
     """Hidden states in the order of the layout, each completion behind its own copy of the prompt."""
-    hidden, place = [], 0
-    for length, own in zip(prompt_lengths, completion_lengths, strict=True):
-        prompt = ids[place : place + length]
-        hidden.append(model.base_model(prompt[None]).last_hidden_state[0])
-        place += length
+    prompts, place = ids[: sum(prompt_lengths)].split(prompt_lengths), sum(prompt_lengths)
+    hidden = [model.base_model(prompt[None]).last_hidden_state[0] for prompt in prompts]
+    for prompt, own in zip(prompts, completion_lengths, strict=True):
         for n in own:
             whole = torch.cat([prompt, ids[place : place + n]])
-            hidden.append(model.base_model(whole[None]).last_hidden_state[0, length:])
+            hidden.append(model.base_model(whole[None]).last_hidden_state[0, len(prompt) :])
             place += n
     return torch.cat(hidden)
 
 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_values_and_gradients_equal_those_of_each_sequence_alone(kind, lengths):
+@pytest.mark.parametrize("block_pairs", [1, 100, llama.BLOCK_PAIRS])
+def test_values_and_gradients_equal_those_of_each_sequence_alone(monkeypatch, kind, lengths, block_pairs):
+    monkeypatch.setattr(llama, "BLOCK_PAIRS", block_pairs)
     model = MODELS[kind]()
     assert llama.fits(model)
     layout = Layout.of(*lengths)
@@ -67,12 +67,17 @@ def test_in_bfloat16_values_and_gradients_are_as_near_to_float32_as_autograds():
 
 def test_the_layout_by_hand():
     layout = Layout.of([2, 3], [[1, 2], [2]])
-    assert layout.positions.tolist() == [0, 1, 2, 2, 3, 0, 1, 2, 3, 4]
-    assert layout.prompts.tolist() == [[0, 1, 0], [5, 6, 7]]
-    assert layout.prompt_real.tolist() == [[True, True, False], [True] * 3]
-    assert layout.completions.tolist() == [[2, 0], [3, 4], [8, 9]]
-    assert layout.completion_real.tolist() == [[True, False], [True, True], [True, True]]
-    assert layout.prompt_of.tolist() == [0, 0, 1]
+    assert layout.positions.tolist() == [0, 1, 0, 1, 2, 2, 2, 3, 3, 4]
+    prompts, first, second = layout.blocks
+    place = torch.arange(10)
+    assert prompts.take(place).tolist() == [[0, 1, 1], [2, 3, 4]]  # what is not real repeats a neighbour
+    assert first.take(place).tolist() == [[5, 5], [6, 7]]
+    assert second.take(place).tolist() == [[8, 9]]
+    assert [(b.prompt.start, b.prompt.stop) for b in layout.blocks] == [(0, 0), (0, 2), (2, 5)]
+    out = torch.zeros(10, dtype=torch.long)
+    for block in layout.blocks:
+        block.put(out, block.take(place))
+    assert out.tolist() == place.tolist()
 
 
 def test_weights_that_take_no_gradient_get_none(policy):

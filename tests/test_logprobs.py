@@ -96,7 +96,7 @@ def test_a_model_with_a_sliding_window_is_not_packed():
 
 
 class WideTensors(TorchDispatchMode):
-    """Notes the rows of every tensor of logits (..., vocabulary) that any operation makes."""
+    """Notes the rows of every tensor (..., vocabulary) that any operation makes, the head's weights transposed apart."""
 
     def __init__(self, vocabulary):
         super().__init__()
@@ -110,15 +110,15 @@ class WideTensors(TorchDispatchMode):
         return out
 
 
-def test_logits_never_exist_for_more_than_a_chunk_of_completion_tokens(policy, monkeypatch):
-    monkeypatch.setattr(logprobs, "VOCABULARY_BLOCK", 4)
+def test_logits_of_completion_tokens_alone_a_block_of_the_vocabulary_at_a_time(policy, monkeypatch):
     policy.lm_head.requires_grad_(False)  # its own gradient has the vocabulary as a dimension too
     policy.model.embed_tokens.requires_grad_(False)
     ids, mask, actions = batch()
-    with WideTensors(policy.config.vocab_size) as wide:
-        all_log_probs(policy, ids, mask, actions, 1.0, 2).sum().backward()
-    wide.rows = [n for n in wide.rows if n != policy.config.hidden_size]  # the head's weights, transposed
-    assert max(wide.rows) == 4
+    for block, seen in ((4, set()), (1000, {int(actions.sum())})):
+        monkeypatch.setattr(logprobs, "VOCABULARY_BLOCK", block)
+        with WideTensors(policy.config.vocab_size) as wide:
+            all_log_probs(policy, ids, mask, actions, 1.0, 2).sum().backward()
+        assert {n for n in wide.rows if n != policy.config.hidden_size} == seen
 
 
 def test_a_model_that_caps_its_logits_is_refused():

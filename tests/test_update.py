@@ -218,7 +218,9 @@ def test_groups_without_advantage_cost_no_forward_pass_and_change_nothing_when_t
     rows, compute = [], llama.packed_hidden  # prompts of each pass, one a question
     monkeypatch.setattr(logprobs, "_by_hand", lambda *_: True)
     monkeypatch.setattr(
-        llama, "packed_hidden", lambda model, ids, layout: rows.append(len(layout.prompts)) or compute(model, ids, layout)
+        llama,
+        "packed_hidden",
+        lambda model, ids, layout: rows.append(int((layout.positions == 0).sum())) or compute(model, ids, layout),
     )
     before = [p.detach().clone() for p in policy.parameters()]
     metrics = step(policy, None, samples, torch.zeros(8), kl_weight=0.0)
