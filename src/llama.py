@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 LLAMA_LIKE = ("llama", "mistral", "qwen2")  # RMSNorm, rotary positions, grouped heads, SwiGLU, and nothing else
 FIXED_ROTARY = ("default", "linear", "llama3", "yarn")  # whose angles depend on the position alone
+PIECE = 512  # of the tokens of a long sequence at once
 BLOCK_PAIRS = 2**17  # of tokens in attention at once: with 9 heads their scores take 2 MB in bfloat16, a core's cache
 
 # Shapes: N tokens of all sequences, D hidden size, H heads of E entries, K heads of keys and of values, share = H / K;
@@ -50,11 +51,11 @@ class Layout:
     @staticmethod
     def of(prompt_lengths: list[int], completion_lengths: list[list[int]]) -> "Layout":
         """All prompts, then the completions of the first, of the second, and so on."""
-        blocks, place = _cut(prompt_lengths, 0, slice(0, 0))
+        blocks, place = _cut(prompt_lengths, 0, [])
         positions = [torch.arange(length) for length in prompt_lengths]
         start = 0
         for length, own in zip(prompt_lengths, completion_lengths, strict=True):
-            more, place = _cut(own, place, slice(start, start + length))
+            more, place = _cut(own, place, [slice(start, start + length)])
             blocks += more
             positions += [torch.arange(length, length + n) for n in own]
             start += length
@@ -62,10 +63,11 @@ class Layout:
 
 
 class Block:
-    """Sequences that lie one after the other, whose attention is computed together: padded to the longest, behind one prompt."""
+    """Sequences that lie one after the other, whose attention is computed together: padded to the longest, behind one prefix."""
 
-    def __init__(self, start: int, lengths: list[int], prompt: slice):
-        self.prompt = prompt  # its places; empty where the sequences are prompts themselves
+    def __init__(self, start: int, lengths: list[int], prefix: list[slice]):
+        self.prefix = prefix  # places of what they all see: their prompt, or what came before this piece of a long sequence
+        self.before = sum(part.stop - part.start for part in prefix)  # tokens
         self.count, self.length = len(lengths), max(lengths)
         self.span = slice(start, start + sum(lengths))
         self.real = self.unreal = None  # of the count x length entries, where some are not real
@@ -87,18 +89,25 @@ class Block:
             torch.index_select(rows.flatten(0, 1), 0, self.real, out=out[self.span])
 
 
-def _cut(lengths: list[int], place: int, prompt: slice) -> tuple[list[Block], int]:
+def _cut(lengths: list[int], place: int, prompt: list[slice]) -> tuple[list[Block], int]:
     """Blocks of at most BLOCK_PAIRS for sequences that lie from `place` on, and where the last ends."""
-    blocks, own, before = [], [], prompt.stop - prompt.start
+    before = sum(part.stop - part.start for part in prompt)
+    together: list[list[int]] = []
     for length in filter(None, lengths):
-        longest = max([length, *own])
-        if own and (len(own) + 1) * longest * (before + longest) > BLOCK_PAIRS:
+        longest = max([length, *together[-1]]) if together else 0
+        if not together or (len(together[-1]) + 1) * longest * (before + longest) > BLOCK_PAIRS:
+            together.append([])
+        together[-1].append(length)
+    blocks = []
+    for own in together:
+        if len(own) > 1:
             blocks.append(Block(place, own, prompt))
-            place, own = place + sum(own), []
-        own.append(length)
-    if own:
-        blocks.append(Block(place, own, prompt))
-    return blocks, place + sum(own)
+        else:  # in pieces: nothing of what comes after a piece is computed for it
+            for piece in range(0, own[0], PIECE):
+                earlier = [slice(place, place + piece)] if piece else []
+                blocks.append(Block(place + piece, [min(PIECE, own[0] - piece)], prompt + earlier))
+        place += sum(own)
+    return blocks, place
 
 
 def packed_hidden(model: PreTrainedModel, ids: torch.Tensor, layout: Layout, keep_cache: list | None = None) -> torch.Tensor:
@@ -184,9 +193,9 @@ class _Attention:
 
     def _bias(self, block: Block, dtype: torch.dtype) -> torch.Tensor:
         """(share x l, m), added to the scores; m a whole number of vectors, since softmax of 125 takes 2.5 times that of 128."""
-        before, length = block.prompt.stop - block.prompt.start, block.length
-        bias = torch.full((length, -(-(before + length) // 32) * 32), torch.finfo(dtype).min, dtype=dtype)
-        return bias.triu(before + 1).repeat(self.share, 1)
+        keys = -(-(block.before + block.length) // 32) * 32
+        bias = torch.full((block.length, keys), torch.finfo(dtype).min, dtype=dtype)
+        return bias.triu(block.before + 1).repeat(self.share, 1)
 
     def forward(self, qkv: torch.Tensor) -> torch.Tensor:
         """(N, H + 2K, E) rotated queries, keys and values -> (N, H E)."""
@@ -211,20 +220,22 @@ class _Attention:
             of_k, of_v = of_scores.transpose(1, 2) @ q, probs.transpose(1, 2) @ of_attended
             of_q = (of_scores @ k).view(block.count, self.heads, block.length, size)
             of_k, of_v = (x.view(block.count, self.kv_heads, -1, size) for x in (of_k, of_v))
-            before = block.prompt.stop - block.prompt.start
-            own = slice(before, before + block.length)
+            own = slice(block.before, block.before + block.length)
             block.put(out, torch.cat([of_q, of_k[:, :, own], of_v[:, :, own]], dim=1).transpose(1, 2))
-            if before:  # written by the prompts' own blocks; its keys and values serve all its completions
-                of_prompt = torch.cat([of_k[:, :, :before], of_v[:, :, :before]], dim=1).sum(dim=0)
-                out[block.prompt, self.heads :] += of_prompt.transpose(0, 1)
+            place = 0
+            for part in block.prefix:  # written by blocks before this one; its keys and values serve all its completions
+                seen = slice(place, place := place + part.stop - part.start)
+                of_part = torch.cat([of_k[:, :, seen], of_v[:, :, seen]], dim=1).sum(dim=0)
+                out[part, self.heads :] += of_part.transpose(0, 1)
         return out
 
     def _split(self, block: Block, qkv: torch.Tensor, keys: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries (c K, share x l, E), keys and values (c K, m, E) of a block."""
-        own, front, size = block.take(qkv), qkv[block.prompt, self.heads :], qkv.shape[-1]
-        count, length, before = block.count, block.length, len(front)
+        own, size, count, length, before = block.take(qkv), qkv.shape[-1], block.count, block.length, block.before
         kv = qkv.new_empty(2, count, self.kv_heads, keys, size)
-        kv[..., :before, :] = front.view(before, 2, 1, self.kv_heads, size).permute(1, 2, 3, 0, 4)
+        if before:
+            prefix = torch.cat([qkv[part, self.heads :] for part in block.prefix])
+            kv[..., :before, :] = prefix.view(before, 2, 1, self.kv_heads, size).permute(1, 2, 3, 0, 4)
         kv[..., before : before + length, :] = (
             own[:, :, self.heads :].view(count, length, 2, self.kv_heads, size).permute(2, 0, 3, 1, 4)
         )

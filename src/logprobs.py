@@ -47,7 +47,7 @@ def micro_batches(
 
     The completions of a question share packed rows of at most PACKED_TOKENS. Packed rows are sorted by length, and the
     best cuts between passes are found by dynamic programming: a pass costs its rows x its longest row, in tokens, and
-    PASS_COST more.
+    PASS_COST more. Where `llama.py` computes the model, rows grow as they will and a pass costs its tokens: nothing is padded.
 
     Args:
         model: Decides by `can_pack` whether rows are packed or hold one completion each.
@@ -58,11 +58,11 @@ def micro_batches(
     """
     lengths = attention_mask.sum(dim=1).tolist()
     completion_lengths = action_mask.sum(dim=1).tolist()
-    share = can_pack(model)
+    share, padded = can_pack(model), not llama.fits(model)
     packed: list[tuple[int, list[int]]] = []  # tokens and rows of each packed row
     for row in sorted(rows.tolist(), key=lambda r: (r // group_size, lengths[r], r)):
         tokens, members = packed[-1] if packed else (0, [])
-        fits = tokens + completion_lengths[row] <= PACKED_TOKENS and len(members) < size
+        fits = (tokens + completion_lengths[row] <= PACKED_TOKENS or not padded) and len(members) < size
         if share and members and members[0] // group_size == row // group_size and fits:
             packed[-1] = (tokens + completion_lengths[row], [*members, row])
         else:
@@ -71,12 +71,13 @@ def micro_batches(
 
     best: list[tuple[float, int]] = [(0.0, 0)]  # cost of the first i packed rows, and where their last pass begins
     for i in range(1, len(packed) + 1):
-        options, members = [], 0
+        options, members, tokens = [], 0, 0
         for j in range(i - 1, -1, -1):
-            members += len(packed[j][1])
+            members, tokens = members + len(packed[j][1]), tokens + packed[j][0]
             if members > size:
                 break
-            options.append((best[j][0] + (i - j) * packed[i - 1][0] + PASS_COST, j))
+            cost = (i - j) * packed[i - 1][0] if padded else tokens
+            options.append((best[j][0] + cost + PASS_COST, j))
         best.append(min(options))
     passes, end = [], len(packed)
     while end:
@@ -106,7 +107,7 @@ def completion_log_probs(
     """
     assert action_mask.shape == sequence_ids[:, 1:].shape
     mask = action_mask[batch.rows, : batch.width]  # (b, width)
-    if llama.fits(model) and _by_hand(action_mask, batch.packed):
+    if llama.fits(model):
         ids, layout, predictors = _flatten(sequence_ids, action_mask, batch.packed)
         hidden = llama.packed_hidden(model, ids, layout)[predictors]
     else:
@@ -151,21 +152,6 @@ def head_logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
 def vocabulary_block(device: str) -> int:
     """Logits of a token that exist at once on a kind of device; where each kernel has to be launched, more."""
     return VOCABULARY_BLOCK if device == "cpu" else 8 * VOCABULARY_BLOCK
-
-
-def _by_hand(action_mask: torch.Tensor, packed: list[list[int]]) -> bool:
-    """Whether attention by hand (llama.py) is the faster one for these rows.
-
-    It computes every completion at the length of the longest against its prompt; the general path each packed row against
-    itself, but a pair of tokens costs it about half as much: 8 x 64, 200 and 400 tokens behind 100 took 0.09, 0.31, 0.72 s by
-    hand and 0.12, 0.41, 0.61 s in general, one of 400 with seven of 60 0.33 and 0.19 s.
-    """
-    prompts = [int(action_mask[members[0]].int().argmax()) + 1 for members in packed]
-    lengths = [action_mask[members].sum(dim=1).tolist() for members in packed]
-    longest, prompt = max(map(max, lengths)), max(prompts)
-    by_hand = sum(map(len, packed)) * longest * (prompt + longest)
-    in_general = sum((p + sum(own)) ** 2 for p, own in zip(prompts, lengths, strict=True))
-    return by_hand <= 0.45 * in_general
 
 
 class _TokenLogProbs(torch.autograd.Function):

@@ -25,9 +25,10 @@ def one_by_one(model, ids, prompt_lengths, completion_lengths):
 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-@pytest.mark.parametrize("block_pairs", [1, 100, llama.BLOCK_PAIRS])
-def test_values_and_gradients_equal_those_of_each_sequence_alone(monkeypatch, kind, lengths, block_pairs):
+@pytest.mark.parametrize(("block_pairs", "piece"), [(1, 2), (100, 4), (llama.BLOCK_PAIRS, llama.PIECE)])
+def test_values_and_gradients_equal_those_of_each_sequence_alone(monkeypatch, kind, lengths, block_pairs, piece):
     monkeypatch.setattr(llama, "BLOCK_PAIRS", block_pairs)
+    monkeypatch.setattr(llama, "PIECE", piece)
     model = MODELS[kind]()
     assert llama.fits(model)
     layout = Layout.of(*lengths)
@@ -73,7 +74,7 @@ def test_the_layout_by_hand():
     assert prompts.take(place).tolist() == [[0, 1, 1], [2, 3, 4]]  # what is not real repeats a neighbour
     assert first.take(place).tolist() == [[5, 5], [6, 7]]
     assert second.take(place).tolist() == [[8, 9]]
-    assert [(b.prompt.start, b.prompt.stop) for b in layout.blocks] == [(0, 0), (0, 2), (2, 5)]
+    assert [b.prefix for b in layout.blocks] == [[], [slice(0, 2)], [slice(2, 5)]]
     out = torch.zeros(10, dtype=torch.long)
     for block in layout.blocks:
         block.put(out, block.take(place))

@@ -39,7 +39,8 @@ def naive(policy, ids, mask, actions, temperature):
 def test_values_and_gradients_equal_the_plain_ones_however_packed_and_cut(monkeypatch, chunk, size, group_size, attention):
     monkeypatch.setattr(logprobs, "VOCABULARY_BLOCK", chunk)
     policy = make_policy(attn_implementation="sdpa" if attention == "by hand" else attention)
-    monkeypatch.setattr(logprobs, "_by_hand", lambda *_: attention == "by hand")
+    if attention != "by hand":
+        monkeypatch.setattr(llama, "fits", lambda model: False)
     ids, mask, actions = batch()
     weights = torch.rand(actions.shape, generator=torch.Generator().manual_seed(1))
     ours = all_log_probs(policy, ids, mask, actions, 0.7, group_size, size)
@@ -51,19 +52,6 @@ def test_values_and_gradients_equal_the_plain_ones_however_packed_and_cut(monkey
     torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
     for g, p in zip(gradients, policy.parameters(), strict=True):
         torch.testing.assert_close(g, p.grad, atol=1e-5 * max(1.0, float(p.grad.abs().max())), rtol=1e-4)
-
-
-def test_attention_by_hand_is_for_short_completions_of_a_group():
-    def by_hand(prompt, lengths):
-        _, mask, actions = batch(lengths=[prompt + n for n in lengths], group_size=len(lengths), prompt=prompt)
-        (part,) = micro_batches(make_policy(), mask, actions, torch.arange(len(lengths)), len(lengths), 64)
-        return logprobs._by_hand(actions, part.packed)
-
-    assert by_hand(62, [64] * 8)
-    assert by_hand(62, [40, 50, 64, 30, 20, 64, 60, 10])
-    assert not by_hand(100, [400] + [60] * 7)
-    assert not by_hand(100, [400] * 8)
-    assert not by_hand(10, [30])
 
 
 def test_a_packed_row_holds_the_prompt_once_and_no_padding(policy, monkeypatch):

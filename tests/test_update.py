@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import train
-from src import llama, logprobs
+from src import llama
 from src.logprobs import PACKED_TOKENS, micro_batches
 from src.models import MasterWeights, frozen_copy
 from src.sampler import Samples, sample
@@ -216,7 +216,6 @@ def test_groups_without_advantage_cost_no_forward_pass_and_change_nothing_when_t
     policy = stopping_policy()
     samples = draw(policy)
     rows, compute = [], llama.packed_hidden  # prompts of each pass, one a question
-    monkeypatch.setattr(logprobs, "_by_hand", lambda *_: True)
     monkeypatch.setattr(
         llama,
         "packed_hidden",
@@ -256,13 +255,16 @@ def test_updates_are_as_many_as_train_batch_size_and_epochs_say():
     lengths=st.lists(st.integers(1, 500), min_size=2, max_size=24).filter(lambda v: len(v) % 2 == 0),
     size=st.integers(1, 10),
     prompt=st.integers(1, 300),
+    by_hand=st.booleans(),
 )
-def test_micro_batches_hold_each_completion_once_within_their_limits(lengths, size, prompt):
+def test_micro_batches_hold_each_completion_once_within_their_limits(lengths, size, prompt, by_hand):
     width = prompt + max(lengths)
     ends = torch.tensor(lengths)[:, None] + prompt
     column = torch.arange(width)
     attention, actions = column < ends, ((column >= prompt) & (column < ends))[:, 1:]
-    parts = micro_batches(make_policy(), attention, actions, torch.arange(len(lengths)).flip(0), 2, size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llama, "fits", lambda model: by_hand)
+        parts = micro_batches(make_policy(), attention, actions, torch.arange(len(lengths)).flip(0), 2, size)
     assert sorted(torch.cat([part.rows for part in parts]).tolist()) == list(range(len(lengths)))
     for part in parts:
         assert part.rows.tolist() == [r for members in part.packed for r in members]
@@ -270,13 +272,15 @@ def test_micro_batches_hold_each_completion_once_within_their_limits(lengths, si
         assert part.width == prompt + max(lengths[r] for r in part.rows) - 1
         for members in part.packed:
             assert len({r // 2 for r in members}) == 1  # one question
-            assert len(members) == 1 or prompt + sum(lengths[r] for r in members) <= PACKED_TOKENS
+            assert by_hand or len(members) == 1 or prompt + sum(lengths[r] for r in members) <= PACKED_TOKENS
 
 
-def test_a_long_completion_goes_alone():
+@pytest.mark.parametrize("padded", [True, False])
+def test_a_long_completion_goes_alone_where_rows_are_padded(monkeypatch, padded):
     """One of 390 tokens among seven of 40: together in one padded pass, 80 % of it would be padding."""
+    monkeypatch.setattr(llama, "fits", lambda model: not padded)
     policy = make_policy()
     ends = torch.tensor([390] + [40] * 7)[:, None] + 30
     column = torch.arange(420)
     parts = micro_batches(policy, column < ends, ((column >= 30) & (column < ends))[:, 1:], torch.arange(8), 1, 8)
-    assert [part.rows.tolist() for part in parts] == [[1, 2, 3, 4, 5, 6, 7], [0]]
+    assert [part.rows.tolist() for part in parts] == ([[1, 2, 3, 4, 5, 6, 7], [0]] if padded else [[1, 2, 3, 4, 5, 6, 7, 0]])
