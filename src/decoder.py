@@ -17,7 +17,9 @@ from transformers import DynamicCache, PreTrainedModel
 from src import llama
 from src.logprobs import head_logits, head_weight
 
-PREFILL_PAIRS = 4_000_000  # of tokens in attention by hand at once: a head's scores for them take 8 MB in bfloat16
+PREFILL_TOKENS = 4096  # of prompts read at once
+# Sharing prompts pays where it saves more columns of the cache than joining two parts of attention costs, in columns:
+SHARED_COST, SHARED_COST_OF_A_ROW = 1800, 50
 
 
 class Decoder(Protocol):
@@ -76,11 +78,14 @@ class LlamaDecoder:
     The weights are read when it is made: make another after the model has changed. Where they are bfloat16 it holds a copy
     of them. Equal to the general forward up to rounding (tests/test_decoder.py), and rounded where `llama.packed_hidden` is, so
     that training finds the log-probs that were sampled from.
+
+    While many rows share a prompt, so do they its keys and values: attention to the prompt and to the completion are two
+    calls, whose results are joined by their logsumexps.
     """
 
     def __init__(self, model: PreTrainedModel, rows: int, columns: int):
         config, inner = model.config, model.model
-        self.model, self.rows, self.columns = model, rows, columns
+        self.model, self.columns = model, columns
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = inner.layers[0].self_attn.head_dim
         self.layers = [
@@ -97,14 +102,12 @@ class LlamaDecoder:
         self.eps = config.rms_norm_eps
         self.head = head_weight(model.lm_head.weight)
         self.cos, self.sin = llama.rotary(model, torch.arange(columns))  # (columns, 1, D)
-        # Pages of it are taken as they are first written to.
-        shape = (len(self.layers), 2, rows, self.kv_heads, columns, self.head_dim)
-        self.cache = torch.empty(shape, dtype=model.dtype)  # of each layer, keys and values
 
     def prefill(self, prompt_ids: list[list[int]], group_size: int, pad_id: int) -> torch.Tensor:
         lengths = [len(ids) for ids in prompt_ids]
-        self.filled = max(lengths)  # columns in use; prompts end in one column, so that all completions grow from it
-        together = max(1, PREFILL_PAIRS // self.filled**2)  # prompts
+        longest, together = max(lengths), max(1, PREFILL_TOKENS // max(lengths))
+        # Of each layer, keys and values of the Q prompts, which end in one column; left of them is what masks leave out.
+        prompts = self._new_cache(len(lengths), longest)
         last = []  # hidden states of the prompts' last tokens
         for start in range(0, len(lengths), together):
             part = range(start, min(start + together, len(lengths)))
@@ -116,17 +119,20 @@ class LlamaDecoder:
             for q in part:
                 end, length = end + lengths[q], lengths[q]
                 last.append(hidden[end - 1])
-                rows = slice(q * group_size, (q + 1) * group_size)
-                for cache, keys_values in zip(self.cache, read, strict=True):
-                    kv = keys_values[end - length : end].view(length, 2, self.kv_heads, self.head_dim).permute(1, 2, 0, 3)
-                    cache[:, rows, :, self.filled - length : self.filled] = kv[:, None]  # (2, 1, K, length, E)
-                    cache[:, rows, :, : self.filled - length] = 0  # masked, but 0 x nan would be nan
-        self.positions = torch.tensor(lengths).repeat_interleave(group_size)  # (B,) where the next token goes
-        self.bias = None  # (n, 1, 1, columns), added to the attention scores, where prompts are padded
-        if min(lengths) < self.filled:
-            padded = torch.arange(self.filled) < self.filled - self.positions[:, None]  # (B, P)
-            self.bias = torch.zeros(self.rows, 1, 1, self.columns, dtype=self.model.dtype)
-            self.bias[:, 0, 0, : self.filled].masked_fill_(padded, -torch.inf)
+                for cache, keys_values in zip(prompts, read, strict=True):
+                    kv = keys_values[end - length : end].view(length, 2, self.kv_heads, self.head_dim)
+                    cache[:, q, :, longest - length :] = kv.permute(1, 2, 0, 3)
+                    cache[:, q, :, : longest - length] = 0  # masked, but 0 x nan would be nan
+        self.prompt_of = torch.arange(len(lengths)).repeat_interleave(group_size)  # (B,)
+        self.positions = torch.tensor(lengths)[self.prompt_of]  # (B,) where the next token goes
+        padding = longest - torch.tensor(lengths)
+        self.bias = None  # (Q, 1, 1, P), added to the attention scores, where prompts are padded
+        if int(padding.max()):
+            padded = torch.arange(longest) < padding[:, None]
+            self.bias = torch.zeros(len(lengths), 1, 1, longest, dtype=self.model.dtype)
+            self.bias[:, 0, 0].masked_fill_(padded, -torch.inf)
+        self.cache, self.filled, self.prompts = self._new_cache(len(self.prompt_of), self.columns - longest), 0, prompts
+        self._share_prompts()
         return self._logits(torch.stack(last)).repeat_interleave(group_size, 0)
 
     def step(self, token: torch.Tensor) -> torch.Tensor:
@@ -134,34 +140,72 @@ class LlamaDecoder:
         self.filled += 1
         cos, sin = self.cos[self.positions], self.sin[self.positions]  # (n, 1, D)
         self.positions = self.positions + 1
-        bias = None if self.bias is None else self.bias[..., : self.filled]
         rotated = self.heads + self.kv_heads
         x = self.model.model.embed_tokens(token).float()  # (n, hidden_size), the residual stream
-        for (norm, qkv, out, mlp_norm, gate_up, down), (keys, values) in zip(self.layers, self.cache, strict=True):
+        for i, (norm, qkv, out, mlp_norm, gate_up, down) in enumerate(self.layers):
             heads = qkv(llama.normed(x, llama.rms_scale(x, self.eps), norm)).view(n, rotated + self.kv_heads, self.head_dim)
             qk = llama.rotate(heads[:, :rotated], cos, sin)
-            keys[:n, :, column] = qk[:, self.heads :]
-            values[:n, :, column] = heads[:, rotated:]
-            attended = F.scaled_dot_product_attention(
-                qk[:, : self.heads, None],
-                keys[:n, :, : self.filled],
-                values[:n, :, : self.filled],
-                attn_mask=bias,
-                enable_gqa=True,
-            )  # (n, heads, 1, D)
-            x = x + out(attended.reshape(n, -1))
+            self.cache[i, 0, :n, :, column] = qk[:, self.heads :]
+            self.cache[i, 1, :n, :, column] = heads[:, rotated:]
+            x = x + out(self._attend(i, qk[:, : self.heads]).reshape(n, -1))
             gate, up = gate_up(llama.normed(x, llama.rms_scale(x, self.eps), mlp_norm)).chunk(2, dim=-1)
             x = x + down(F.silu(gate) * up)
         return self._logits(llama.normed(x, llama.rms_scale(x, self.eps), self.model.model.norm.weight))
 
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return head_logits(hidden, self.head, self.model.lm_head.bias)
-
     def keep(self, rows: torch.Tensor) -> None:
         self.cache[:, :, : len(rows), :, : self.filled] = self.cache[:, :, rows, :, : self.filled]
-        self.positions = self.positions[rows]
+        self.positions, self.prompt_of = self.positions[rows], self.prompt_of[rows]
+        if self.prompts is None:
+            self.bias = None if self.bias is None else self.bias[rows]
+        else:
+            self._share_prompts()
+
+    def _new_cache(self, rows: int, columns: int) -> torch.Tensor:
+        """Of each layer, keys and values; its pages are taken as they are first written to."""
+        return torch.empty(len(self.layers), 2, rows, self.kv_heads, columns, self.head_dim, dtype=self.model.dtype)
+
+    def _share_prompts(self) -> None:
+        """Arrange the rows by prompt, or give each a copy of its prompt's cache where sharing does not pay any longer."""
+        n, longest = len(self.prompt_of), self.prompts.shape[-2]
+        found, prompt_of, counts = self.prompt_of.unique_consecutive(return_inverse=True, return_counts=True)
+        if (n - len(found)) * longest > SHARED_COST + SHARED_COST_OF_A_ROW * n:
+            slot = torch.arange(n) - (counts.cumsum(0) - counts)[prompt_of]  # of each row among those of its prompt
+            width = int(counts.max())
+            self.slots = prompt_of * width + slot  # (n,), its place in (Q x width)
+            self.rows = torch.zeros(len(found) * width, dtype=torch.long)  # the row of each place; 0 where there is none
+            self.rows[self.slots] = torch.arange(n)
+            if len(found) < self.prompts.shape[2]:
+                self.prompts, self.prompt_of = self.prompts[:, :, found], prompt_of
+                self.bias = None if self.bias is None else self.bias[found]
+            return
+        whole = self._new_cache(n, self.columns)
+        whole[..., :longest, :] = self.prompts[:, :, self.prompt_of]
+        whole[..., longest : longest + self.filled, :] = self.cache[:, :, :n, :, : self.filled]
+        self.cache, self.filled, self.prompts = whole, longest + self.filled, None
         if self.bias is not None:
-            self.bias = self.bias[rows]
+            zeros = self.bias.new_zeros(n, 1, 1, self.columns - longest)
+            self.bias = torch.cat([self.bias[self.prompt_of], zeros], dim=-1)
+
+    def _attend(self, i: int, q: torch.Tensor) -> torch.Tensor:
+        """Attention of layer i for queries (n, H, E) -> (n, H, E)."""
+        n, shape = len(q), (self.kv_heads, self.heads // self.kv_heads)
+        keys, values = self.cache[i, :, :n, :, : self.filled]
+        if self.prompts is None:
+            bias = None if self.bias is None else self.bias[..., : self.filled]
+            return F.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=bias, enable_gqa=True)[:, :, 0]
+        attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # what the above calls; it returns logsumexps too
+        own, own_sum = attention(q[:, :, None], keys, values)
+        prompt_keys, prompt_values = self.prompts[i]
+        count = len(prompt_keys)
+        # A prompt's queries lie below each other: (Q, K, width x share, E).
+        stacked = q[self.rows].view(count, -1, *shape, self.head_dim).transpose(1, 2).flatten(2, 3)
+        front, front_sum = attention(stacked, prompt_keys, prompt_values, attn_mask=self.bias)
+        front = front.unflatten(2, (-1, shape[1])).transpose(1, 2).reshape(len(self.rows), self.heads, -1)[self.slots]
+        front_sum = front_sum.unflatten(2, (-1, shape[1])).transpose(1, 2).reshape(len(self.rows), self.heads, 1)[self.slots]
+        return torch.lerp(own[:, :, 0].float(), front.float(), (front_sum - own_sum).sigmoid_()).to(q.dtype)
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return head_logits(hidden, self.head, self.model.lm_head.bias)
 
 
 def _read(model: PreTrainedModel, prompt_ids: list[list[int]], pad_id: int) -> tuple[DynamicCache, torch.Tensor, torch.Tensor]:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, MistralConfig, Qwen2Config, Qwen3Config
 
-from src import llama
+from src import decoder, llama
 from src.decoder import GeneralDecoder, LlamaDecoder, make_decoder
 from tests.conftest import make_policy
 from tests.test_sampler import PROMPTS, run
@@ -48,14 +48,14 @@ MODELS = {
 
 @torch.no_grad()
 def both(model, prompts=PROMPTS, group_size=3, steps=6, leave_at=3):
-    """Logits of the two decoders, step by step, fed the same tokens; rows leave before step `leave_at`."""
+    """Logits of the two decoders, step by step, fed the same tokens; rows leave at `leave_at`, two steps later a whole group."""
     torch.manual_seed(1)
     rows = len(prompts) * group_size
     decoders = [GeneralDecoder(model), LlamaDecoder(model, rows, max(map(len, prompts)) + steps)]
     pairs = [tuple(d.prefill(prompts, group_size, 2) for d in decoders)]
     for step in range(steps):
-        if step == leave_at:
-            keep = torch.tensor([0, 3, 4, 7, 8])[: max(1, rows // 2)]
+        if step in (leave_at, leave_at + 2):
+            keep = torch.tensor([0, 3, 4, 7, 8] if step == leave_at else [1, 2])[: max(1, rows // 2)]
             rows = len(keep)
             for d in decoders:
                 d.keep(keep)
@@ -64,8 +64,13 @@ def both(model, prompts=PROMPTS, group_size=3, steps=6, leave_at=3):
     return pairs
 
 
+@pytest.mark.parametrize("sharing", ["never", "until rows leave", "always"])
 @pytest.mark.parametrize("kind", MODELS)
-def test_the_fast_decoder_equals_the_general_one(kind):
+def test_the_fast_decoder_equals_the_general_one(monkeypatch, kind, sharing):
+    """Prompts' keys and values shared by their rows, or not, or copied to each once there are few."""
+    saved = {"never": 10**6, "until rows leave": 4 * max(map(len, PROMPTS)), "always": -1}
+    monkeypatch.setattr(decoder, "SHARED_COST", saved[sharing])
+    monkeypatch.setattr(decoder, "SHARED_COST_OF_A_ROW", 0)
     model = MODELS[kind]()
     assert isinstance(make_decoder(model, 1, 1), LlamaDecoder)
     for general, fast in both(model):
@@ -73,14 +78,15 @@ def test_the_fast_decoder_equals_the_general_one(kind):
 
 
 def test_long_prompts_are_read_a_few_at_a_time(monkeypatch):
-    from src import decoder
-
-    monkeypatch.setattr(decoder, "PREFILL_PAIRS", 2 * max(map(len, PROMPTS)) ** 2)
+    monkeypatch.setattr(decoder, "PREFILL_TOKENS", 2 * max(map(len, PROMPTS)))
     for general, fast in both(make_policy()):
         torch.testing.assert_close(fast, general, atol=1e-4, rtol=1e-5)
 
 
-def test_prompts_of_one_length_need_no_mask():
+@pytest.mark.parametrize("cost", [-1, 10**6])
+def test_prompts_of_one_length_need_no_mask(monkeypatch, cost):
+    monkeypatch.setattr(decoder, "SHARED_COST", cost)
+    monkeypatch.setattr(decoder, "SHARED_COST_OF_A_ROW", 0)
     model = make_policy()
     for general, fast in both(model, prompts=[[1, 5, 6], [1, 7, 8], [1, 9, 9]]):
         torch.testing.assert_close(fast, general, atol=1e-4, rtol=1e-5)
