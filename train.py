@@ -774,7 +774,7 @@ def update(
                 optimizer.step()
                 master.write_back()
                 moved = moved if before is None else share_moved(before, master.sample_values())
-            optimizer.zero_grad(set_to_none=True)
+            master.release_gradients()
     finite = [g for g in grad_norms if math.isfinite(g)]
     if len(finite) < len(grad_norms):
         print(f"warning: the gradient of {len(grad_norms) - len(finite)} updates was not finite; they were skipped", flush=True)

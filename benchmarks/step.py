@@ -3,6 +3,11 @@
 The embedded model, 8 questions x 8 completions, verifier reward, KL term on, one optimizer step in all, bfloat16. Each program
 runs in a process of its own and takes its steps when told to, in turns, so that they meet the same machine. With `--tokens` the
 end token is suppressed, so that all do the same work; with `--tokens 0` completions end where they end (64 tokens at most).
+
+- ours: train.py's own functions. Float32 weights are trained, bfloat16 ones compute.
+- trl: GRPOTrainer as it comes, which trains float32 weights too and computes in bfloat16 by autocast.
+- trl-bf16: GRPOTrainer with weights in bfloat16 and without gradient checkpointing: faster, but small updates are rounded away.
+- plain: what a first version looks like, after tiny-grpo: question by question, padded batches of 8, all logits.
 """
 
 import json
@@ -12,6 +17,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,7 +94,7 @@ def ours(data: str, model: str, tokens: int):
     stop_ids = [] if tokens else models.stop_token_ids(policy, tokenizer)  # without stop ids every completion fills its limit
     phase = Phases()
     phase.around(train, "reference_log_probs", "reference")
-    yield {"prompt_tokens": statistics.mean(map(len, prompt_ids))}
+    yield {}
     while True:
         phase.seconds = {}
         with phase("generate"):
@@ -111,8 +117,8 @@ def ours(data: str, model: str, tokens: int):
         yield {"phases": phase.seconds, "tokens": made, "sampler_gap": metrics["policy/sampler_gap"]}
 
 
-def trl(data: str, model: str, tokens: int):
-    """TRL's GRPOTrainer, weights in bfloat16, gradient checkpointing off (it would be slower), 8 completions a pass."""
+def trl(data: str, model: str, tokens: int, settings: dict | None = None):
+    """TRL's GRPOTrainer with its own settings, 8 completions a pass."""
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -135,7 +141,7 @@ def trl(data: str, model: str, tokens: int):
 
         def on_step_begin(self, *_, **__):
             if not said:
-                answer_with({"prompt_tokens": 0})
+                answer_with({})
             said.append(1)
             wait_for_turn()
             phase.seconds = {}
@@ -145,11 +151,11 @@ def trl(data: str, model: str, tokens: int):
             answer_with({"phases": phase.seconds, "tokens": sum(made)})
 
     config = GRPOConfig(
-        output_dir="/tmp/benchmark-trl", num_generations=G, per_device_train_batch_size=8, gradient_accumulation_steps=Q * G // 8,
+        output_dir=tempfile.mkdtemp(), num_generations=G, per_device_train_batch_size=8, gradient_accumulation_steps=Q * G // 8,
         max_completion_length=tokens or LIMIT, temperature=TEMPERATURE, beta=KL, learning_rate=LR, weight_decay=0.0, use_cpu=True,
-        bf16=True, gradient_checkpointing=False, model_init_kwargs={"dtype": "bfloat16"}, save_strategy="no", report_to=[],
+        bf16=True, save_strategy="no", report_to=[],
         max_steps=10_000, shuffle_dataset=False, disable_tqdm=True, logging_strategy="no",
-        generation_kwargs={"min_new_tokens": tokens} if tokens else None,
+        generation_kwargs={"min_new_tokens": tokens} if tokens else None, **(settings or {}),
     )  # fmt: skip
     trainer = GRPOTrainer(
         models.resolve(model, "--model-name"), reward_funcs=reward, args=config, train_dataset=Dataset.from_list(rows),
@@ -177,8 +183,13 @@ def trl(data: str, model: str, tokens: int):
     yield {}
 
 
+def trl_bf16(data: str, model: str, tokens: int):
+    """The fastest of TRL's settings here."""
+    return trl(data, model, tokens, {"model_init_kwargs": {"dtype": "bfloat16"}, "gradient_checkpointing": False})
+
+
 def plain(data: str, model: str, tokens: int):
-    """What a first version looks like: generate, padded batches, full logits, bfloat16 weights stepped as they are."""
+    """Generate question by question, padded batches, full logits, bfloat16 weights stepped as they are."""
     import copy
 
     from transformers import AutoModelForCausalLM
@@ -203,14 +214,27 @@ def plain(data: str, model: str, tokens: int):
         logits = of(input_ids=sequence, attention_mask=attention, position_ids=positions, use_cache=False).logits
         return (logits[:, :-1].float() / TEMPERATURE).log_softmax(-1).gather(2, sequence[:, 1:, None])[..., 0]
 
-    yield {"prompt_tokens": longest}
+    yield {}
     while True:
         phase = Phases()
         with phase("generate"), torch.no_grad():
-            out = policy.generate(
-                ids, attention_mask=mask, do_sample=True, temperature=TEMPERATURE, top_k=0, top_p=1.0, pad_token_id=pad,
-                max_new_tokens=tokens or LIMIT, min_new_tokens=tokens or None,
-            )  # fmt: skip
+            parts = [
+                policy.generate(
+                    ids[part],
+                    attention_mask=mask[part],
+                    do_sample=True,
+                    temperature=TEMPERATURE,
+                    top_k=0,
+                    top_p=1.0,
+                    pad_token_id=pad,
+                    max_new_tokens=tokens or LIMIT,
+                    min_new_tokens=tokens or None,
+                )
+                for part in torch.arange(Q * G).split(G)
+            ]
+            out = torch.full((Q * G, max(part.shape[1] for part in parts)), pad)
+            for i, part in enumerate(parts):
+                out[i * G : (i + 1) * G, : part.shape[1]] = part
         new = out[:, longest:]
         ended = (new == tokenizer.eos_token_id).cumsum(1)
         real = torch.ones_like(new) if tokens else ((ended - (new == tokenizer.eos_token_id).long()) == 0).long()
@@ -238,7 +262,7 @@ def plain(data: str, model: str, tokens: int):
         yield {"phases": phase.seconds, "tokens": int(real.sum())}
 
 
-PROGRAMS = {"ours": ours, "trl": trl, "plain": plain}
+PROGRAMS = {"ours": ours, "trl": trl, "trl-bf16": trl_bf16, "plain": plain}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -261,7 +285,7 @@ def work(name: str, data: str, model: str, tokens: int) -> None:
     ANSWERS = os.dup(1)
     os.dup2(2, 1)  # whatever the libraries print
     program = PROGRAMS[name](data, model, tokens)
-    if name == "trl":
+    if name.startswith("trl"):
         next(program)  # takes its turns itself
     answer_with(next(program))
     while True:
@@ -270,7 +294,7 @@ def work(name: str, data: str, model: str, tokens: int) -> None:
 
 
 def main(
-    programs: tuple[Literal["ours", "trl", "plain"], ...] = ("ours", "trl", "plain"),
+    programs: tuple[Literal["ours", "trl", "trl-bf16", "plain"], ...] = ("ours", "trl", "trl-bf16", "plain"),
     tokens: int = 64,
     repetitions: int = 5,
     data: str = str(ROOT / "data" / "dummy_math_tasks.jsonl"),

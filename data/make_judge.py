@@ -176,7 +176,7 @@ def main(
         optimizer.step()
         schedule.step()
         master.write_back()
-        optimizer.zero_grad(set_to_none=True)
+        master.release_gradients()
         if step % 20 == 0 or step + 1 == steps:
             ranked = (right > wrong).float().mean()
             print(

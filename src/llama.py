@@ -274,7 +274,7 @@ def _forward(
         gated_upped = F.linear(y, torch.cat([gate, up]))
         gated, upped = gated_upped.chunk(2, dim=1)
         if keep is not None:
-            keep.append((x, scale, qkv, attended, after, mlp_scale, gated_upped))
+            keep.append((x, scale, qkv, attended, mlp_scale, gated_upped))
         if keep_cache is not None:
             keep_cache.append(qkv[:, heads:])
         x = after + F.linear(F.silu(gated).mul_(upped), down)
@@ -302,7 +302,8 @@ class _PackedHidden(torch.autograd.Function):
         rotated = attention.heads + attention.kv_heads
         for i in reversed(range(len(ctx.keep))):
             norm, q, k, v, *biases, out, mlp_norm, gate, up, down = weights[1 + PER_LAYER * i : 1 + PER_LAYER * (i + 1)]
-            x, scale, qkv, attended, after, mlp_scale, gated_upped = ctx.keep.pop()  # and free it when it is used
+            x, scale, qkv, attended, mlp_scale, gated_upped = ctx.keep.pop()  # and free it when it is used
+            after = x + F.linear(attended, out)  # a product in 60; kept, it would be a sixth of the memory
             gated, upped = gated_upped.chunk(2, dim=1)
             # down(silu(gate(y)) * up(y)), y = normed(after)
             of_out = of_x.to(dtype)

@@ -291,6 +291,7 @@ class MasterWeights:
         self.parameters = self.weights
         if self.separate:
             self.parameters = [torch.nn.Parameter(w.detach().clone()) for w in self.weights]
+            self.release_gradients()
             for w in model.parameters():  # not model.to(dtype), which would round the rotary frequencies too
                 w.data = w.data.to(dtype)
             model.config.dtype = dtype
@@ -306,6 +307,20 @@ class MasterWeights:
                 else:
                     master.grad += weight.grad
                 weight.grad = None
+
+    def release_gradients(self) -> None:
+        """Begin at no gradient; call it after each optimizer step.
+
+        On a CPU their memory stays theirs: taken anew in the midst of an update, it cuts up what activations come back to,
+        and the heap grows: by 0.2 GB for the embedded model.
+        """
+        for p in self.parameters:
+            if not self.separate or p.device.type != "cpu":
+                p.grad = None
+            elif p.grad is None:
+                p.grad = torch.zeros_like(p)
+            else:
+                p.grad.zero_()
 
     @torch.no_grad()
     def write_back(self) -> None:
