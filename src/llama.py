@@ -261,27 +261,40 @@ def _forward(
     attention = _Attention(layout, heads, kv_heads, dtype)
     cos, sin = rotary(model, layout.positions)
     x = F.embedding(ids, weights[0]).float()  # (N, D), the residual stream
+    checkpointed = model.is_gradient_checkpointing
     for i in range(config.num_hidden_layers):
-        norm, q, k, v, *biases, out, mlp_norm, gate, up, down = weights[1 + PER_LAYER * i : 1 + PER_LAYER * (i + 1)]
-        scale = rms_scale(x, eps)
-        bias = torch.cat(biases) if biases[0] is not None else None
-        qkv = F.linear(normed(x, scale, norm), torch.cat([q, k, v]), bias).view(len(x), heads + 2 * kv_heads, -1)
-        qkv[:, : heads + kv_heads] = rotate(qkv[:, : heads + kv_heads], cos, sin)
-        attended = attention.forward(qkv)
-        after = x + F.linear(attended, out)
-        mlp_scale = rms_scale(after, eps)
-        y = normed(after, mlp_scale, mlp_norm)
-        gated_upped = F.linear(y, torch.cat([gate, up]))
-        gated, upped = gated_upped.chunk(2, dim=1)
+        before = x
+        x, parts = _layer(x, _of_layer(weights, i), attention, cos, sin, eps)
         if keep is not None:
-            keep.append((x, scale, qkv, attended, mlp_scale, gated_upped))
+            keep.append((before,) if checkpointed else parts)
         if keep_cache is not None:
-            keep_cache.append(qkv[:, heads:])
-        x = after + F.linear(F.silu(gated).mul_(upped), down)
+            keep_cache.append(parts[2][:, heads:])
     scale = rms_scale(x, eps)
     if keep is not None:
         keep.append((x, scale, cos, sin))
     return normed(x, scale, weights[-1]), attention
+
+
+def _of_layer(weights: list[torch.Tensor | None], i: int) -> list[torch.Tensor | None]:
+    return weights[1 + PER_LAYER * i : 1 + PER_LAYER * (i + 1)]
+
+
+def _layer(
+    x: torch.Tensor, weights: list[torch.Tensor | None], attention: _Attention, cos: torch.Tensor, sin: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """The residual stream (N, D) after a layer, and what its gradient needs."""
+    norm, q, k, v, *biases, out, mlp_norm, gate, up, down = weights
+    rotated = attention.heads + attention.kv_heads
+    scale = rms_scale(x, eps)
+    bias = torch.cat(biases) if biases[0] is not None else None
+    qkv = F.linear(normed(x, scale, norm), torch.cat([q, k, v]), bias).view(len(x), rotated + attention.kv_heads, -1)
+    qkv[:, :rotated] = rotate(qkv[:, :rotated], cos, sin)
+    attended = attention.forward(qkv)
+    after = x + F.linear(attended, out)
+    mlp_scale = rms_scale(after, eps)
+    gated_upped = F.linear(normed(after, mlp_scale, mlp_norm), torch.cat([gate, up]))
+    gated, upped = gated_upped.chunk(2, dim=1)
+    return after + F.linear(F.silu(gated).mul_(upped), down), (x, scale, qkv, attended, mlp_scale, gated_upped)
 
 
 class _PackedHidden(torch.autograd.Function):
@@ -289,7 +302,7 @@ class _PackedHidden(torch.autograd.Function):
     def forward(ctx, model, ids, layout, *weights):
         ctx.keep = []
         hidden, ctx.attention = _forward(model, ids, layout, weights, ctx.keep, None)
-        ctx.ids, ctx.weights = ids, weights
+        ctx.ids, ctx.weights, ctx.eps = ids, weights, model.config.rms_norm_eps
         return hidden
 
     @staticmethod
@@ -301,8 +314,11 @@ class _PackedHidden(torch.autograd.Function):
         of_x, grads[-1] = _norm_backward(grad, x, scale, weights[-1])  # (N, D) float32, of the residual stream
         rotated = attention.heads + attention.kv_heads
         for i in reversed(range(len(ctx.keep))):
-            norm, q, k, v, *biases, out, mlp_norm, gate, up, down = weights[1 + PER_LAYER * i : 1 + PER_LAYER * (i + 1)]
-            x, scale, qkv, attended, mlp_scale, gated_upped = ctx.keep.pop()  # and free it when it is used
+            norm, q, k, v, *biases, out, mlp_norm, gate, up, down = _of_layer(weights, i)
+            parts = ctx.keep.pop()  # and free it when it is used
+            if len(parts) == 1:  # gradient checkpointing
+                parts = _layer(*parts, _of_layer(weights, i), attention, cos, sin, ctx.eps)[1]
+            x, scale, qkv, attended, mlp_scale, gated_upped = parts
             after = x + F.linear(attended, out)  # a product in 60; kept, it would be a sixth of the memory
             gated, upped = gated_upped.chunk(2, dim=1)
             # down(silu(gate(y)) * up(y)), y = normed(after)

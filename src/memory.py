@@ -27,6 +27,7 @@ class ModelSize:
     trained: int  # of the weights
     itemsize: int  # bytes of a weight
     activation: float  # bytes that a forward pass keeps for the backward pass, per token
+    checkpointed: float  # the same with gradient checkpointing: one layer's, and what goes into each in float32
     cache: float  # bytes of keys and values, per token
     vocabulary: int
 
@@ -59,11 +60,13 @@ def measure(skeleton: PreTrainedModel) -> ModelSize:
         saved = {0: tokens * rough}
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    activation = sum(saved.values()) / tokens
     return ModelSize(
         weights=skeleton.num_parameters(),
         trained=skeleton.num_parameters(only_trainable=True),
         itemsize=skeleton.dtype.itemsize,
-        activation=sum(saved.values()) / tokens,
+        activation=activation,
+        checkpointed=activation / config.num_hidden_layers + 4.0 * config.hidden_size * config.num_hidden_layers,
         cache=2.0 * config.num_hidden_layers * heads * head * skeleton.dtype.itemsize,
         vocabulary=config.vocab_size,
     )
@@ -83,6 +86,7 @@ class Plan:
     reference: bool  # a frozen copy of the policy
     reward_weights: float = 0.0  # bytes
     reward_placement: str = "device"  # "offload": there while scoring; "cpu": never there
+    gradient_checkpointing: bool = False
 
     def parts(self) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
         """Bytes of what stays, and of what each phase adds: rollout, score and update come one after the other."""
@@ -110,7 +114,7 @@ class Plan:
             "update": {
                 "gradients": p.trained * (4.0 + (p.itemsize if separate else 0.0)),
                 "logits": (8.0 + p.itemsize) * self.micro_batch_size * self.completion_length * min(block, p.vocabulary),
-                "activations": tokens * p.activation,
+                "activations": tokens * (p.checkpointed if self.gradient_checkpointing else p.activation),
             },
         }
         return stays, phases
@@ -174,6 +178,8 @@ def ways_out(plan: Plan, with_lora: ModelSize | None, free: float, eight_bit: fl
         tries["--kl-weight 0"] = replace(plan, reference=False)
     if plan.micro_batch_size > 1:
         tries["--micro-batch-size 1"] = replace(plan, micro_batch_size=1)
+    if not plan.gradient_checkpointing:
+        tries["--gradient-checkpointing"] = replace(plan, gradient_checkpointing=True)
     if plan.reward_weights and plan.reward_placement == "device":
         if plan.device == "cuda" and eight_bit:  # a model in int8 cannot be offloaded
             tries["--reward-model-device offload"] = replace(plan, reward_placement="offload")

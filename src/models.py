@@ -11,13 +11,16 @@ import importlib.metadata
 import importlib.util
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.utils.checkpoint
 from huggingface_hub import HfApi, cached_assets_path, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from src.errors import InputError
 
@@ -266,6 +269,28 @@ def add_lora(model: PreTrainedModel, rank: int) -> PeftModel:
 
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     return get_peft_model(model, config).eval()
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Let each layer's gradient compute the layer again (gradient checkpointing, arXiv:1604.06174): less memory, more time.
+
+    transformers does so in training mode alone, which could switch dropout on. `llama.py` asks the model's own mark.
+
+    Raises:
+        InputError: Its layers are of no kind that can.
+    """
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
+        raise InputError(f"--gradient-checkpointing: the layers of {type(model).__name__} cannot; leave the flag out")
+    for layer in layers:
+        layer.gradient_checkpointing = True
+        layer.forward = functools.partial(_checkpointed, layer.forward)
+
+
+def _checkpointed(forward: Callable, *args, **kwargs):
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return torch.utils.checkpoint.checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from src import llama
+from src import llama, models
 from src.llama import Layout, packed_hidden
 from tests.conftest import make_policy
 from tests.test_decoder import MODELS
@@ -45,6 +45,23 @@ def test_values_and_gradients_equal_those_of_each_sequence_alone(monkeypatch, ki
         torch.testing.assert_close(a, b, atol=1e-5 * float(b.abs().max()), rtol=1e-4)
     with torch.no_grad():
         torch.testing.assert_close(packed_hidden(model, ids, layout), ours, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_checkpointing_changes_memory_alone(dtype):
+    layout, ids = Layout.of(*LENGTHS[0]), torch.arange(3, 38) % 80
+    results = []
+    for checkpointed in (False, True):
+        model = make_policy(num_hidden_layers=4).to(dtype)
+        if checkpointed:
+            models.checkpoint_activations(model)
+        hidden = packed_hidden(model, ids, layout)
+        kept = sum(t.nbytes for parts in hidden.grad_fn.keep for t in parts)
+        results.append((kept, hidden, torch.autograd.grad(hidden.float().square().sum(), list(model.base_model.parameters()))))
+    (all_kept, plain, gradients), (kept, again, recomputed) = results
+    assert torch.equal(plain, again)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, recomputed, strict=True))
+    assert kept < 0.4 * all_kept
 
 
 def test_in_bfloat16_values_and_gradients_are_as_near_to_float32_as_autograds():

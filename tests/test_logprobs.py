@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from src import llama, logprobs
+from src import llama, logprobs, models
+from src.errors import InputError
 from src.logprobs import can_pack, completion_log_probs, micro_batches
 from src.models import MasterWeights, check_head, frozen_copy
 from tests.conftest import all_log_probs, make_policy
+from tests.test_sampler import run
 
 PROMPT_TOKENS = 3
 
@@ -156,6 +158,29 @@ def test_a_bfloat16_model_equals_transformers_own(policy_folder):
     with torch.no_grad():
         assert torch.equal(model(ids).logits, theirs(ids).logits)
     assert model.config.dtype == torch.bfloat16
+
+
+def test_gradient_checkpointing_in_the_general_path_changes_memory_alone(monkeypatch):
+    monkeypatch.setattr(llama, "fits", lambda model: False)
+    ids, mask, actions = batch()
+    results = []
+    for checkpointed in (False, True):
+        model, kept = make_policy(attention_dropout=0.5, num_hidden_layers=4), []
+        before = run(model, temperature=0.0).completion_ids
+        if checkpointed:
+            models.checkpoint_activations(model)
+        assert run(model, temperature=0.0).completion_ids == before  # the cache works on
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.nbytes) or t, lambda t: t):
+            log_probs = all_log_probs(model, ids, mask, actions, 1.0)
+        log_probs.sum().backward()
+        results.append((sum(kept), log_probs, [p.grad for p in model.parameters()]))
+    (all_kept, plain, gradients), (kept, again, recomputed) = results
+    torch.testing.assert_close(again, plain)
+    for a, b in zip(recomputed, gradients, strict=True):
+        torch.testing.assert_close(a, b)
+    assert kept < 0.5 * all_kept
+    with pytest.raises(InputError, match="--gradient-checkpointing: the layers of Linear cannot"):
+        models.checkpoint_activations(torch.nn.Linear(1, 1))
 
 
 def test_gradients_of_micro_batches_are_summed_in_float32():

@@ -12,8 +12,8 @@ from src.memory import ModelSize, Plan, check_fits, free_memory, measure, ways_o
 from tests.conftest import make_policy
 
 CPU = torch.device("cpu")
-BIG = ModelSize(weights=10**9, trained=10**9, itemsize=2, activation=1e6, cache=2e4, vocabulary=32_000)
-LORA = ModelSize(weights=10**9, trained=10**7, itemsize=2, activation=1.5e6, cache=2e4, vocabulary=32_000)
+BIG = ModelSize(weights=10**9, trained=10**9, itemsize=2, activation=1e6, checkpointed=1e5, cache=2e4, vocabulary=32_000)
+LORA = ModelSize(weights=10**9, trained=10**7, itemsize=2, activation=1.5e6, checkpointed=1e5, cache=2e4, vocabulary=32_000)
 
 
 def kept_for_backward(model, rows: int, tokens: int) -> float:
@@ -129,11 +129,13 @@ def test_what_may_not_fit_is_a_warning_and_what_cannot_is_refused(capsys):
 def test_the_ways_out_are_the_fewest_flags_and_each_fits():
     plan = Plan(BIG, "cuda", 64, 8, 8, 100, 400, reference=True, reward_weights=14e9)
     assert {way.split(" (")[0] for way in ways_out(plan, LORA, 39e9, 7e9)} == {
-        "--kl-weight 0", "--micro-batch-size 1", "--reward-model-device offload", "--reward-model-device cpu",
+        "--kl-weight 0", "--micro-batch-size 1", "--gradient-checkpointing", "--reward-model-device offload",
+        "--reward-model-device cpu",
         "--reward-model-8bit", "--reward-model-name none", "--lora-rank 16",
     }  # fmt: skip
     assert ways_out(plan, LORA, 20e9, 7e9) == [
         "--lora-rank 16 --micro-batch-size 1 (17.8 GB)",
+        "--lora-rank 16 --gradient-checkpointing (17.6 GB)",
         "--lora-rank 16 --reward-model-device offload (16.9 GB)",
         "--lora-rank 16 --reward-model-device cpu (8.2 GB)",
         "--lora-rank 16 --reward-model-8bit (15.2 GB)",

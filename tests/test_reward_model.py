@@ -246,7 +246,7 @@ def test_the_bytes_of_a_reward_model_come_from_its_configuration(reward_model_fo
 
 def plan(device: str) -> Plan:
     """A run that takes 10 GB and the program's share, of which 4 GB come and go with the gradients."""
-    policy = ModelSize(weights=10**9, trained=0, itemsize=2, activation=4e6, cache=0.0, vocabulary=0)
+    policy = ModelSize(weights=10**9, trained=0, itemsize=2, activation=4e6, checkpointed=4e6, cache=0.0, vocabulary=0)
     return Plan(policy, device, 0, 1, 1000, 0, 1, reference=True)
 
 
