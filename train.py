@@ -58,6 +58,7 @@ from src.memory import Plan, check_fits, free_memory, keep_freed_memory, measure
 from src.report import RunLog, Scores, choose_folder, completion_metrics, reward_metrics, rollout_rows
 from src.reward_model import AceRewardModel, RewardModelChoice, choose_reward_model
 from src.sampler import Samples, sample
+from src.speed import speed_metrics
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -83,6 +84,7 @@ def main(
     weight_decay: float = 0.0,
     train_batch_size: int = 8,
     micro_batch_size: int = 8,
+    gradient_checkpointing: bool = False,
     epochs_per_step: int = 1,
     kl_weight: float = 0.01,
     clip_eps: float = 0.2,
@@ -140,6 +142,7 @@ def main(
         weight_decay: Decoupled weight decay of AdamW.
         train_batch_size: Completions per optimizer step; divides rollouts_per_step x group_size.
         micro_batch_size: Completions per forward and backward pass; changes memory and speed, not the result.
+        gradient_checkpointing: Keep only what goes into each layer, compute the rest again: less memory, a slower update.
         epochs_per_step: Passes of the optimizer over the completions of a step.
         kl_weight: Weight of the KL divergence to the model as it was loaded; 0 keeps no reference model.
         clip_eps: Half-width of the interval around 1 to which the policy ratio is clipped.
@@ -229,7 +232,8 @@ def main(
         skeleton, prompt_ids, model_name, reward_model_name, run_device, compute_dtype,
         reward_model_device=reward_model_device, reward_model_8bit=reward_model_8bit, reward_mode=reward_mode,
         lora_rank=lora_rank, kl_weight=kl_weight, completions=rollouts_per_step * group_size, group_size=group_size,
-        micro_batch_size=micro_batch_size, max_length=max_length, max_new_tokens=max_new_tokens,
+        micro_batch_size=micro_batch_size, gradient_checkpointing=gradient_checkpointing, max_length=max_length,
+        max_new_tokens=max_new_tokens,
     )  # fmt: skip
 
     # Models
@@ -246,6 +250,8 @@ def main(
     reference = None
     if kl_weight > 0:  # with LoRA it is the policy itself with the adapter switched off
         reference = policy if adapter else models.frozen_copy(policy)
+    if gradient_checkpointing:
+        models.checkpoint_activations(policy)
     optimizer = torch.optim.AdamW(master.parameters, lr=lr, weight_decay=weight_decay, fused=True)
     stop_ids = models.stop_token_ids(policy, tokenizer)
     sampling = dict(max_length=max_length, max_new_tokens=max_new_tokens, stop_ids=stop_ids, pad_id=stop_ids[0])
@@ -359,14 +365,15 @@ def main(
         metrics |= verifier_metrics | {"reward/sigma_bar": sigma_bar.mean, "optim/lr": step_lr}
         metrics |= {"time/rollout_s": rollout_s, "time/score_s": score_s, "time/update_s": update_s}
         metrics["time/step_s"] = time.perf_counter() - step_started
+        metrics |= speed_metrics(policy, samples, group_size, epochs_per_step, reference is not None, metrics)
         run.metrics(step, metrics)
         run.rollouts(rollout_rows(step, questions, answers, completions, samples, scores, advantages))
         accelerator.log(metrics, step=step)
         print(
             f"{step}: kl={metrics['policy/kl']:.4f}, grad_norm={metrics['policy/grad_norm']:.4f}, "
             f"right={100 * metrics['reward/rule_mean']:.0f}%, tokens={metrics['completion/len_mean']:.0f}, "
-            f"truncated={100 * metrics['completion/truncated_frac']:.0f}%, {metrics['time/step_s']:.1f} s "
-            f"(step {step + 1} of {total_steps})",
+            f"truncated={100 * metrics['completion/truncated_frac']:.0f}%, {metrics['time/step_s']:.1f} s, "
+            f"{metrics['time/tokens_per_s']:.0f} tokens/s (step {step + 1} of {total_steps})",
             flush=True,
         )
         if (step + 1) % checkpoint_interval == 0 or step + 1 == total_steps:
@@ -578,6 +585,7 @@ def plan_memory(
     completions: int,
     group_size: int,
     micro_batch_size: int,
+    gradient_checkpointing: bool,
     max_length: int,
     max_new_tokens: int | None,
 ) -> RewardModelChoice:
@@ -592,6 +600,7 @@ def plan_memory(
     plan = Plan(
         measure(skeleton), device.type, completions, group_size, micro_batch_size, prompt_length=longest,
         completion_length=min(max_new_tokens or max_length, max_length - shortest), reference=kl_weight > 0 and not lora_rank,
+        gradient_checkpointing=gradient_checkpointing,
     )  # fmt: skip
     free, host_free = free_memory(device), free_memory(torch.device("cpu"))
     if reward_mode == "verifier":
@@ -731,12 +740,13 @@ def update(
     step. Where there is no KL term, completions without an advantage have no gradient and cost no compute.
 
     Returns:
-        The policy/... metrics, means over all tokens of the step.
+        The policy/... metrics, means over all tokens of the step, and time/reference_s, a part of the update's.
     """
-    ref_log_probs = None
+    ref_log_probs, started = None, time.perf_counter()
     if reference is not None:
         with adapter.disable_adapter() if adapter else nullcontext():
             ref_log_probs = reference_log_probs(reference, samples, group_size, micro_batch_size, temperature)
+    reference_s = time.perf_counter() - started
     totals = dict.fromkeys(("loss", "kl", "clipped", "tokens", "gap", "gap_tokens"), 0.0)
     grad_norms, moved = [], 0.0
     for _ in range(epochs_per_step):
@@ -788,6 +798,7 @@ def update(
         "policy/moved_frac": moved,
         "policy/sampler_gap": totals["gap"] / max(totals["gap_tokens"], 1.0),
         # At top_p 1, -log p of a sampled token is an unbiased estimate of the entropy of its distribution.
+        "time/reference_s": reference_s,
         "policy/entropy": -samples.log_probs.sum().item() / samples.action_mask.sum().item(),
     }
 
@@ -796,10 +807,10 @@ def update(
 def reference_log_probs(
     reference: PreTrainedModel, samples: Samples, group_size: int, micro_batch_size: int, temperature: float
 ) -> torch.Tensor:
-    """Log-probs (B, T-1) of the samples under the frozen reference."""
+    """Log-probs (B, T-1) of the samples under the frozen reference, in larger passes: nothing is kept for a gradient."""
     log_probs = torch.zeros_like(samples.log_probs)
-    every = torch.arange(len(log_probs))
-    for part in micro_batches(reference, samples.attention_mask, samples.action_mask, every, group_size, micro_batch_size):
+    every, size = torch.arange(len(log_probs)), 4 * micro_batch_size
+    for part in micro_batches(reference, samples.attention_mask, samples.action_mask, every, group_size, size):
         of_part = completion_log_probs(reference, samples.sequence_ids, samples.action_mask, part, temperature)
         log_probs[part.rows, : part.width] = of_part
     return log_probs

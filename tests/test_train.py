@@ -160,10 +160,10 @@ def test_every_other_setting_works(tiny, reward_model_folder):
     run = train.main(
         **tiny
         | dict(
-            reward_model_name=str(reward_model_folder), dtype="bfloat16", weight_decay=0.1, micro_batch_size=3, epochs_per_step=2,
-            kl_weight=0.0, clip_eps=0.1, max_norm=0.5, advantage_scale="group", loss_normalizer="constant", top_p=0.9,
-            temperature=1.3, system_prompt="Be brief.", reward_scorer="tanh", verifier_method="strict",
-            alpha=0.3, beta=0.2, eps=0.1, w_min=0.1, w_max=3.0, k=2.0, warmup_samples=3, lr=1e-4,
+            reward_model_name=str(reward_model_folder), dtype="bfloat16", weight_decay=0.1, micro_batch_size=3,
+            gradient_checkpointing=True, epochs_per_step=2, kl_weight=0.0, clip_eps=0.1, max_norm=0.5, advantage_scale="group",
+            loss_normalizer="constant", top_p=0.9, temperature=1.3, system_prompt="Be brief.", reward_scorer="tanh",
+            verifier_method="strict", alpha=0.3, beta=0.2, eps=0.1, w_min=0.1, w_max=3.0, k=2.0, warmup_samples=3, lr=1e-4,
         )
     )  # fmt: skip
     for row in rollouts_of(run):
