@@ -70,9 +70,11 @@ def test_a_completion_that_stops_at_once_has_one_action():
     assert samples.finished.all()
 
 
-def test_greedy_equals_generate(policy):
-    samples = run(policy, group_size=1, temperature=0.0, max_new_tokens=20)
-    for prompt, completion in zip(PROMPTS, samples.completion_ids, strict=True):
+def test_greedy_equals_generate_on_50_prompts(policy):
+    g = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(3, 259, (int(torch.randint(1, 15, (1,), generator=g)),), generator=g).tolist() for _ in range(50)]
+    samples = run(policy, prompts, group_size=1, temperature=0.0, max_new_tokens=20)
+    for prompt, completion in zip(prompts, samples.completion_ids, strict=True):
         out = policy.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=20, eos_token_id=EOS, pad_token_id=EOS)
         assert out[0, len(prompt) :].tolist() == completion
 
@@ -113,6 +115,29 @@ def test_first_tokens_are_drawn_from_the_tempered_distribution(policy):
     error = (counts / draws - p).abs() / (p * (1 - p) / draws).sqrt()
     assert error[p > 1e-3].max() < 5
     assert counts[p < 1e-7].sum() == 0
+
+
+def test_whole_completions_pass_a_chi_square_test_against_their_exact_probabilities():
+    """Two tokens from a vocabulary of 12, 20,000 completions of a group, against all that there can be; odds one in 10,000."""
+    policy = make_policy(vocab_size=12)
+    draws, temperature, prompt = 20_000, 0.9, [1, 5, 6, 7]
+    samples = run(policy, [prompt], draws, temperature=temperature, max_new_tokens=2, stop_ids=[EOS])
+    with torch.no_grad():
+        first = (policy(torch.tensor([prompt])).logits[0, -1] / temperature).softmax(-1)
+        behind = policy(torch.tensor([[*prompt, t] for t in range(12)])).logits[:, -1]
+        joint = first[:, None] * (behind / temperature).softmax(-1)  # (12, 12)
+    expected = torch.cat([joint[[t for t in range(12) if t != EOS]].flatten(), first[EOS : EOS + 1]]).double() * draws
+    counts = torch.zeros(12, 12)
+    for completion in samples.completion_ids:
+        counts[completion[0], completion[-1] if len(completion) == 2 else 0] += 1
+    seen = torch.cat([counts[[t for t in range(12) if t != EOS]].flatten(), counts[EOS, :1]]).double()
+    assert seen.sum() == draws
+    rare = expected < 5  # one cell of them all, or the statistic would not be chi-square's
+    seen, expected = (torch.cat([x[~rare], x[rare].sum()[None]]) for x in (seen, expected))
+    statistic, freedom = float(((seen - expected) ** 2 / expected).sum()), len(seen) - 1
+    # Wilson and Hilferty: the cube root of chi-square / freedom is nearly normal.
+    z = ((statistic / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / (2 / (9 * freedom)) ** 0.5
+    assert abs(z) < 3.9
 
 
 def test_top_p_keeps_the_smallest_sufficient_set_and_records_untruncated_log_probs(policy):
