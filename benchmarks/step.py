@@ -339,8 +339,12 @@ def main(
         seconds, made = median(name, "seconds"), median(name, "tokens")
         result[name] = {"seconds": seconds, "phases": phases, "tokens": made, "peak_bytes": steps[name][-1]["peak_bytes"]}
         result[name]["steps"] = [s["seconds"] for s in steps[name]]
+        if "sampler_gap" in steps[name][0]:
+            result[name]["sampler_gap"] = median(name, "sampler_gap")
         cells = [f"{phases.get(p, 0.0):.2f}" for p in ("generate", "verify", "reference", "update")]
-        ratio, rate = seconds / median(programs[0], "seconds"), made / seconds if made else 0
+        pairs = zip(steps[name], steps[programs[0]], strict=True)
+        ratio = statistics.median(a["seconds"] / b["seconds"] for a, b in pairs)  # of each round: machines drift
+        result[name]["times"], rate = ratio, made / seconds if made else 0
         table.add_row(
             name,
             f"{seconds:.1f}",
