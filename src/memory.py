@@ -33,7 +33,7 @@ class ModelSize:
 
 
 def measure(skeleton: PreTrainedModel) -> ModelSize:
-    """Size up a causal language model by a forward pass without numbers; short completions on a CPU keep half of it (llama.py).
+    """Size up a causal language model by a forward pass without numbers; where llama.py computes it, it keeps half of that.
 
     Args:
         skeleton: On the meta device (`models.skeleton`), in the dtype that it will compute in.
