@@ -172,7 +172,7 @@ def check_reward_model(requested: str, policy_name: str) -> str:
     from src.reward_model import choose_reward_model
 
     device = run_device()
-    alone = Plan(ModelSize(0, 0, 2, 0.0, 0.0, 0), device.type, 0, 1, 0, 0, 0, reference=False)  # scoring, no training
+    alone = Plan(ModelSize(0, 0, 2, 0.0, 0.0, 0.0, 0), device.type, 0, 1, 0, 0, 0, reference=False)  # scoring, no training
     choice = choose_reward_model(
         requested, "auto", False, policy_name, alone, device, pick_dtype(device, "auto"),
         free_memory(device), free_memory(torch.device("cpu")),
