@@ -19,7 +19,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 SETUP = "run: bash setup.sh"
-MIN_MEMORY_GB = 9  # training the embedded model with the default settings peaks at 8.4
+MIN_MEMORY_GB = 8  # training the embedded model with the default settings peaks at 7.5
 
 
 class Skipped(Exception):
