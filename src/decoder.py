@@ -126,7 +126,8 @@ class LlamaDecoder:
         self.prompt_of = torch.arange(len(lengths)).repeat_interleave(group_size)  # (B,)
         self.positions = torch.tensor(lengths)[self.prompt_of]  # (B,) where the next token goes
         padding = longest - torch.tensor(lengths)
-        self.bias = None  # (Q, 1, 1, P), added to the attention scores, where prompts are padded
+        # Added to the attention scores where prompts are padded: (Q, 1, 1, P) while they are shared, then (n, 1, 1, columns).
+        self.bias = None
         if int(padding.max()):
             padded = torch.arange(longest) < padding[:, None]
             self.bias = torch.zeros(len(lengths), 1, 1, longest, dtype=self.model.dtype)
@@ -188,7 +189,7 @@ class LlamaDecoder:
 
     def _attend(self, i: int, q: torch.Tensor) -> torch.Tensor:
         """Attention of layer i for queries (n, H, E) -> (n, H, E)."""
-        n, shape = len(q), (self.kv_heads, self.heads // self.kv_heads)
+        n, share = len(q), self.heads // self.kv_heads
         keys, values = self.cache[i, :, :n, :, : self.filled]
         if self.prompts is None:
             bias = None if self.bias is None else self.bias[..., : self.filled]
@@ -196,12 +197,12 @@ class LlamaDecoder:
         attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # what the above calls; it returns logsumexps too
         own, own_sum = attention(q[:, :, None], keys, values)
         prompt_keys, prompt_values = self.prompts[i]
-        count = len(prompt_keys)
         # A prompt's queries lie below each other: (Q, K, width x share, E).
-        stacked = q[self.rows].view(count, -1, *shape, self.head_dim).transpose(1, 2).flatten(2, 3)
-        front, front_sum = attention(stacked, prompt_keys, prompt_values, attn_mask=self.bias)
-        front = front.unflatten(2, (-1, shape[1])).transpose(1, 2).reshape(len(self.rows), self.heads, -1)[self.slots]
-        front_sum = front_sum.unflatten(2, (-1, shape[1])).transpose(1, 2).reshape(len(self.rows), self.heads, 1)[self.slots]
+        stacked = q[self.rows].view(len(prompt_keys), -1, self.kv_heads, share, self.head_dim).transpose(1, 2).flatten(2, 3)
+        front, front_sum = (
+            x.unflatten(2, (-1, share)).transpose(1, 2).reshape(len(self.rows), self.heads, -1)[self.slots]
+            for x in attention(stacked, prompt_keys, prompt_values, attn_mask=self.bias)
+        )
         return torch.lerp(own[:, :, 0].float(), front.float(), (front_sum - own_sum).sigmoid_()).to(q.dtype)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
