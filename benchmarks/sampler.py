@@ -17,7 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from step import in_turns  # noqa: E402
 
 from src import models  # noqa: E402
 from src.memory import keep_freed_memory  # noqa: E402
@@ -88,12 +90,8 @@ def main(
                 min_new_tokens=tokens, max_new_tokens=tokens, pad_token_id=0,
             )  # fmt: skip
 
-        times: dict[str, list[float]] = {"ours": [], "generate": []}
-        for repetition in range(repetitions + 1):
-            for name, run in (("ours", ours), ("generate", generate)):
-                started = time.perf_counter()
-                run()
-                times[name] += [time.perf_counter() - started] if repetition else []
+        timed = in_turns({"ours": ours, "generate": generate}, repetitions)
+        times = {name: [seconds for seconds, _ in rounds] for name, rounds in timed.items()}
         medians = {name: statistics.median(values) for name, values in times.items()}
         config, weights = policy.config, policy.num_parameters()
         reading, product = machine_rates(policy, batch)

@@ -7,7 +7,6 @@ suppressed, while one size grows: prompt length, group size, completion length, 
 import json
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -27,21 +26,16 @@ AXES = {"prompt": (64, 256, 512), "group": (4, 8, 16, 32), "tokens": (32, 64, 12
 
 
 def measure(size: dict[str, int], model: str, repetitions: int) -> dict[str, float]:
-    """Median seconds of a step of each program, and of ours its phases."""
+    """Median seconds of a step of each program."""
     step.Q, step.G = size["questions"], size["group"]
     prompts = torch.randint(100, 40_000, (size["questions"], size["prompt"])).tolist()
     train.encode_prompts = lambda *_: prompts
     data = str(ROOT / "data" / "dummy_math_tasks.jsonl")
     programs = {"ours": step.ours(data, model, size["tokens"]), "plain": step.plain(data, model, size["tokens"])}
-    seconds: dict[str, list[float]] = {name: [] for name in programs}
     for program in programs.values():
         next(program)
-    for repetition in range(repetitions + 1):
-        for name, program in programs.items():
-            started = time.perf_counter()
-            next(program)
-            seconds[name] += [time.perf_counter() - started] if repetition else []
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    timed = step.in_turns({name: program.__next__ for name, program in programs.items()}, repetitions)
+    return {name: statistics.median(seconds for seconds, _ in rounds) for name, rounds in timed.items()}
 
 
 def figure(results: list[dict], path: Path) -> None:

@@ -10,6 +10,8 @@ end token is suppressed, so that all do the same work; with `--tokens 0` complet
 - plain: what a first version looks like, after tiny-grpo: question by question, padded batches of 8, all logits.
 """
 
+import functools
+import itertools
 import json
 import os
 import platform
@@ -19,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -269,6 +272,21 @@ PROGRAMS = {"ours": ours, "trl": trl, "trl-bf16": trl_bf16, "plain": plain}
 # Turns
 
 
+def in_turns(runs: dict[str, Callable], repetitions: int, say: bool = False) -> dict[str, list[tuple[float, object]]]:
+    """Seconds and answer of each run of each program, which meet the same machine; one round before them warms up."""
+    done: dict[str, list[tuple[float, object]]] = {name: [] for name in runs}
+    for repetition in range(repetitions + 1):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            answer = run()
+            seconds = time.perf_counter() - started
+            if say:
+                print(f"{name} {repetition or 'warm-up'}: {seconds:.1f} s", flush=True)
+            if repetition:
+                done[name].append((seconds, answer))
+    return done
+
+
 def answer_with(values: dict) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     os.write(ANSWERS, (json.dumps(values | {"peak_bytes": peak}) + "\n").encode())
@@ -318,17 +336,16 @@ def main(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
         json.loads(workers[name].stdout.readline())
-    steps: dict[str, list[dict]] = {name: [] for name in programs}
-    for repetition in range(repetitions + 1):
-        for name, worker in workers.items():
-            started = time.perf_counter()
-            worker.stdin.write("step\n")
-            worker.stdin.flush()
-            answer = json.loads(worker.stdout.readline())
-            answer["seconds"] = time.perf_counter() - started
-            answer["phases"].setdefault("update", answer["seconds"] - sum(answer["phases"].values()))
-            print(f"{name} {repetition or 'warm-up'}: {answer['seconds']:.1f} s", flush=True)
-            steps[name] += [answer] if repetition else []
+
+    def step_of(worker: subprocess.Popen) -> dict:
+        worker.stdin.write("step\n")
+        worker.stdin.flush()
+        return json.loads(worker.stdout.readline())
+
+    timed = in_turns({name: functools.partial(step_of, worker) for name, worker in workers.items()}, repetitions, say=True)
+    steps = {name: [answer | {"seconds": seconds} for seconds, answer in rounds] for name, rounds in timed.items()}
+    for answer in itertools.chain(*steps.values()):
+        answer["phases"].setdefault("update", answer["seconds"] - sum(answer["phases"].values()))
     for worker in workers.values():
         worker.kill()
     table = Table("", "step, s", "times", "generate", "verify", "reference", "update", "tokens", "tokens/s", "peak GB")
