@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from src import llama
+from src import kernels, llama
 
 PASS_COST = 64  # what one more forward and backward pass costs, in tokens of a pass
 PACKED_TOKENS = 768  # a packed row grows to this: attention looks at its square
@@ -154,6 +154,25 @@ def vocabulary_block(device: str) -> int:
     return VOCABULARY_BLOCK if device == "cpu" else 8 * VOCABULARY_BLOCK
 
 
+class LogTotals:
+    """Log of the sum of exponentials of logits that come a block at a time, and the targets' logits, at a temperature."""
+
+    def __init__(self, targets: torch.Tensor, temperature: float):
+        self.targets, self.temperature = targets, temperature
+        self.sums = torch.full(targets.shape, -torch.inf, device=targets.device)  # logsumexp of the logits so far
+        self.of_target = torch.empty_like(self.sums)
+
+    def take(self, logits: torch.Tensor, start: int) -> None:
+        """Logits (n, v) float32 of the entries from `start` on; changed in place."""
+        logits.div_(self.temperature)
+        self.sums = torch.logaddexp(self.sums, logits.logsumexp(dim=1))
+        here = ((self.targets >= start) & (self.targets < start + logits.shape[1])).nonzero()[:, 0]
+        self.of_target[here] = logits[here, self.targets[here] - start]
+
+    def totals(self) -> torch.Tensor:
+        return self.sums
+
+
 class _TokenLogProbs(torch.autograd.Function):
     """log_softmax((hidden W^T + b) / temperature) at the targets, a block of the vocabulary at a time.
 
@@ -164,28 +183,29 @@ class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, temperature):
         """hidden (N, D), weight (V, D), bias (V,) or None, targets (N,) -> log-probs (N,) float32."""
-        totals = torch.full((len(targets),), -torch.inf, device=hidden.device)  # logsumexp of the logits so far
-        of_target = torch.empty_like(totals)
+        compiled = hidden.device.type == "cpu" and kernels.libraries() is not None
+        seen = kernels.LogTotals(targets, temperature) if compiled else LogTotals(targets, temperature)
         for part in _vocabulary_blocks(weight):
-            logits = head_logits(hidden, head_weight(weight[part]), None if bias is None else bias[part]).div_(temperature)
-            totals = torch.logaddexp(totals, logits.logsumexp(dim=1))
-            here = ((targets >= part.start) & (targets < part.stop)).nonzero()[:, 0]
-            of_target[here] = logits[here, targets[here] - part.start]
+            seen.take(head_logits(hidden, head_weight(weight[part]), None if bias is None else bias[part]), part.start)
+        totals = seen.totals()
         ctx.save_for_backward(hidden, weight, bias, targets, totals)
-        ctx.temperature = temperature
-        return of_target - totals
+        ctx.temperature, ctx.compiled = temperature, compiled and hidden.dtype in (torch.float32, torch.bfloat16)
+        return seen.of_target - totals
 
     @staticmethod
     def backward(ctx, grad):
         hidden, weight, bias, targets, totals = ctx.saved_tensors
-        dtype, grad = hidden.dtype, grad[:, None] / ctx.temperature  # (N, 1)
+        dtype, incoming, grad = hidden.dtype, grad.contiguous(), grad[:, None] / ctx.temperature  # (N, 1)
         grad_hidden = weight[targets] * grad  # (N, D) float32; what the targets' onehot adds, then the softmax
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         grad_bias = torch.empty_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
         for part in _vocabulary_blocks(weight):
             logits = F.linear(hidden, weight[part], None if bias is None else bias[part])  # rounded, as the gradient will be
-            logits = logits.float().div_(ctx.temperature)
-            of_logits = logits.sub_(totals[:, None]).exp_().mul_(-grad).to(dtype)  # (N, v)
+            if ctx.compiled:
+                kernels.logits_backward_(logits, ctx.temperature, totals, incoming)
+                of_logits = logits  # (N, v)
+            else:
+                of_logits = logits.float().div_(ctx.temperature).sub_(totals[:, None]).exp_().mul_(-grad).to(dtype)
             grad_hidden += of_logits @ weight[part]
             if grad_weight is not None:
                 torch.mm(of_logits.T, hidden, out=grad_weight[part])

@@ -22,6 +22,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, R
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from src import llama
 from src.errors import InputError
 
 if TYPE_CHECKING:
@@ -295,7 +296,10 @@ def _checkpointed(forward: Callable, *args, **kwargs):
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     """The reference: a copy of the policy as it is now that takes no gradient."""
-    return copy.deepcopy(model).requires_grad_(False).eval()
+    frozen = copy.deepcopy(model).requires_grad_(False).eval()
+    if llama.fits(frozen):
+        llama.join_weights(frozen)
+    return frozen
 
 
 class MasterWeights:
@@ -320,6 +324,8 @@ class MasterWeights:
             for w in model.parameters():  # not model.to(dtype), which would round the rotary frequencies too
                 w.data = w.data.to(dtype)
             model.config.dtype = dtype
+            if llama.fits(model):
+                llama.join_weights(model)
 
     def accumulate_gradients(self) -> None:
         """Add the model's gradients to the masters' and free them; call it after each backward."""

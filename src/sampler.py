@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from src import kernels
 from src.decoder import make_decoder
 
 COMPACT_BELOW = 0.9  # rebuild the batch once this share of its rows is still going: a rebuild copies the cache
@@ -106,6 +107,8 @@ def _pick(
     if uniform is None:
         token = logits.argmax(dim=-1, keepdim=True)  # (n, 1)
         return token[:, 0], logits.float().log_softmax(dim=-1).gather(1, token)[:, 0]
+    if top_p == 1.0 and logits.device.type == "cpu" and logits.dtype == torch.float32 and kernels.libraries() is not None:
+        return kernels.choose(logits, temperature, uniform)
     probs = (logits.float() / temperature).softmax(dim=-1)  # (n, V)
     kept = probs
     if top_p < 1.0:

@@ -5,13 +5,13 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, MistralConfig, Qwen2Config, Qwen3Config
 
-from src import decoder, llama
+from src import decoder, kernels, llama
 from src.decoder import GeneralDecoder, LlamaDecoder, make_decoder
 from tests.conftest import make_policy
 from tests.test_sampler import PROMPTS, run
 
 SMALL = dict(
-    vocab_size=80, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.2
+    vocab_size=80, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.2
 )
 
 
@@ -27,10 +27,10 @@ def build(config):
 
 MODELS = {
     "grouped heads": lambda: make_policy(),
-    "one key head": lambda: make_policy(num_key_value_heads=1),
-    "as many key heads": lambda: make_policy(num_key_value_heads=4),
+    "several key heads": lambda: make_policy(num_attention_heads=8, num_key_value_heads=2, head_dim=16),
+    "as many key heads": lambda: make_policy(num_key_value_heads=2),
     "tied": lambda: make_policy(tie_word_embeddings=True),
-    "wide heads": lambda: make_policy(head_dim=16),
+    "wide heads": lambda: make_policy(head_dim=32),
     "llama3 positions": lambda: make_policy(
         rope_parameters=dict(
             rope_type="llama3",
@@ -64,31 +64,34 @@ def both(model, prompts=PROMPTS, group_size=3, steps=6, leave_at=3):
     return pairs
 
 
-@pytest.mark.parametrize("sharing", ["never", "until rows leave", "always"])
 @pytest.mark.parametrize("kind", MODELS)
-def test_the_fast_decoder_equals_the_general_one(monkeypatch, kind, sharing):
-    """Prompts' keys and values shared by their rows, or not, or copied to each once there are few."""
-    saved = {"never": 10**6, "until rows leave": 4 * max(map(len, PROMPTS)), "always": -1}
-    monkeypatch.setattr(decoder, "SHARED_COST", saved[sharing])
-    monkeypatch.setattr(decoder, "SHARED_COST_OF_A_ROW", 0)
+def test_the_fast_decoder_equals_the_general_one(kind):
     model = MODELS[kind]()
     assert isinstance(make_decoder(model, 1, 1), LlamaDecoder)
     for general, fast in both(model):
         torch.testing.assert_close(fast, general, atol=1e-4, rtol=1e-5)
 
 
-def test_long_prompts_are_read_a_few_at_a_time(monkeypatch):
-    monkeypatch.setattr(decoder, "PREFILL_TOKENS", 2 * max(map(len, PROMPTS)))
-    for general, fast in both(make_policy()):
+def test_completions_longer_than_a_block_of_keys():
+    for general, fast in both(make_policy(), steps=40, leave_at=17):
         torch.testing.assert_close(fast, general, atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("cost", [-1, 10**6])
-def test_prompts_of_one_length_need_no_mask(monkeypatch, cost):
-    monkeypatch.setattr(decoder, "SHARED_COST", cost)
-    monkeypatch.setattr(decoder, "SHARED_COST_OF_A_ROW", 0)
-    model = make_policy()
-    for general, fast in both(model, prompts=[[1, 5, 6], [1, 7, 8], [1, 9, 9]]):
+@pytest.mark.parametrize("heads", [1, 2, 3, 4, 5, 6, 8])
+def test_any_number_of_queries_to_a_head_of_keys(heads):
+    for general, fast in both(make_policy(num_attention_heads=heads, hidden_size=16 * heads), steps=3, leave_at=1):
+        torch.testing.assert_close(fast, general, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("head_dim", kernels.HEAD_SIZES)
+def test_every_size_of_head_that_the_kernels_are_compiled_for(head_dim):
+    for general, fast in both(make_policy(head_dim=head_dim), steps=3, leave_at=1):
+        torch.testing.assert_close(fast, general, atol=1e-4, rtol=1e-5)
+
+
+def test_long_prompts_are_read_a_few_at_a_time(monkeypatch):
+    monkeypatch.setattr(decoder, "PREFILL_TOKENS", 2 * max(map(len, PROMPTS)))
+    for general, fast in both(make_policy()):
         torch.testing.assert_close(fast, general, atol=1e-4, rtol=1e-5)
 
 
@@ -117,6 +120,7 @@ def test_models_that_compute_something_else_take_the_general_one():
             rope_parameters=dict(rope_type="dynamic", rope_theta=10000.0, factor=2.0)
         ),
     }
+    others["heads of 8"] = make_policy(head_dim=8)
     adapted = make_policy()
     adapted.model.layers[1].mlp.up_proj = nn.Sequential(adapted.model.layers[1].mlp.up_proj)
     others["a layer around a projection"] = adapted
@@ -135,5 +139,14 @@ def test_the_sampler_gives_the_same_with_either(policy, monkeypatch):
     fast = run(policy, group_size=8)
     monkeypatch.setattr(llama, "fits", lambda model: False)
     general = run(policy, group_size=8)
+    assert fast.completion_ids == general.completion_ids
+    torch.testing.assert_close(fast.log_probs, general.log_probs, atol=1e-5, rtol=0)
+
+
+def test_without_a_compiler_the_general_path_does_it_all(policy, monkeypatch):
+    fast = run(policy, group_size=2)
+    monkeypatch.setattr(kernels, "libraries", lambda: None)
+    assert isinstance(make_decoder(policy, 1, 1), GeneralDecoder)
+    general = run(policy, group_size=2)
     assert fast.completion_ids == general.completion_ids
     torch.testing.assert_close(fast.log_probs, general.log_probs, atol=1e-5, rtol=0)

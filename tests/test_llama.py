@@ -86,16 +86,25 @@ def test_in_bfloat16_values_and_gradients_are_as_near_to_float32_as_autograds():
 def test_the_layout_by_hand():
     layout = Layout.of([2, 3], [[1, 2], [2]])
     assert layout.positions.tolist() == [0, 1, 0, 1, 2, 2, 2, 3, 3, 4]
-    prompts, first, second = layout.blocks
-    place = torch.arange(10)
-    assert prompts.take(place).tolist() == [[0, 1, 1], [2, 3, 4]]  # what is not real repeats a neighbour
-    assert first.take(place).tolist() == [[5, 5], [6, 7]]
-    assert second.take(place).tolist() == [[8, 9]]
-    assert [b.prefix for b in layout.blocks] == [[], [slice(0, 2)], [slice(2, 5)]]
-    out = torch.zeros(10, dtype=torch.long)
-    for block in layout.blocks:
-        block.put(out, block.take(place))
-    assert out.tolist() == place.tolist()
+    assert [b.starts.tolist() for b in layout.blocks] == [[0, 2], [5, 6], [8]]
+    assert [b.lengths.tolist() for b in layout.blocks] == [[2, 3], [1, 2], [2]]
+    assert [b.prefix.tolist() for b in layout.blocks] == [[], [0, 1], [2, 3, 4]]
+    native = layout.blocks[1].native(heads=4, kv_heads=2, e=16)
+    assert (native.count, native.longest, native.before, native.keys) == (2, 2, 2, 32)
+
+
+def test_weights_side_by_side_are_joined_without_a_copy(policy):
+    attention = policy.model.layers[0].self_attn
+    parts = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
+    before, whole = llama.joined(*parts), torch.cat(parts)
+    assert before.data_ptr() != parts[0].data_ptr()
+    llama.join_weights(policy)
+    after = llama.joined(*parts)
+    assert after.data_ptr() == parts[0].data_ptr()
+    assert torch.equal(before, whole)
+    assert torch.equal(after, whole)
+    parts[1].data += 1.0  # as an optimizer step does
+    assert torch.equal(llama.joined(*parts), torch.cat(parts))
 
 
 def test_weights_that_take_no_gradient_get_none(policy):

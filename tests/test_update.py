@@ -48,7 +48,7 @@ def draw(policy, seed=0, group_size=4, **kwargs) -> Samples:
 def stopping_policy(seed=0):
     """A random policy whose completions are of very different lengths."""
     policy = make_policy(seed)
-    policy.lm_head.weight.data[EOS] += 0.3
+    policy.lm_head.weight.data[EOS] += 0.6
     return policy
 
 
