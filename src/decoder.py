@@ -10,12 +10,11 @@ from collections.abc import Callable
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from src import kernels, llama
-from src.logprobs import head_logits, head_weight
+from src.logprobs import head_product
 
 PREFILL_TOKENS = 4096  # of prompts read at once
 
@@ -92,7 +91,7 @@ class LlamaDecoder:
             )
             for layer in inner.layers
         ]
-        self.head = _head(model.lm_head)
+        self.head = head_product(model.lm_head.weight, model.lm_head.bias)
         self.cos, self.sin = llama.rotary(model, torch.arange(columns))  # (columns, E)
 
     def prefill(self, prompt_ids: list[list[int]], group_size: int, pad_id: int) -> torch.Tensor:
@@ -163,18 +162,7 @@ def _linear(rows: int, *parts: nn.Linear) -> Callable[[torch.Tensor], torch.Tens
         return parts[0] if len(parts) == 1 else lambda x: torch.cat([p(x) for p in parts], dim=-1)
     weight = llama.joined(*(p.weight.detach() for p in parts))
     bias = torch.cat([p.bias.detach() for p in parts]) if parts[0].bias is not None else None
-    if kernels.PackedWeight.fits(weight):
-        return kernels.PackedWeight(weight, bias)
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return lambda x: F.linear(x, weight, bias)
+    if kernels.PackedWeight.fits(weight) or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return llama.product(weight, bias)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-
-
-def _head(head: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The output head as a function to float32 logits."""
-    if kernels.PackedWeight.fits(head.weight):
-        packed = kernels.PackedWeight(head.weight.detach(), head.bias)
-        return lambda hidden: packed(hidden, torch.float32)
-    wide = head_weight(head.weight)
-    return lambda hidden: head_logits(hidden, wide, head.bias)

@@ -21,8 +21,8 @@ import torch
 from huggingface_hub import cached_assets_path
 
 SOURCES = Path(__file__).parent / "native"
-HEAD_SIZES = (16, 32, 64, 96, 128)  # that decode.cpp is compiled for
-LANES = 16  # columns of a block of keys, as in decode.cpp
+HEAD_SIZES = (16, 32, 64, 96, 128)  # that attention.cpp is compiled for
+LANES = 16  # columns of a block of keys, as in attention.cpp
 OPTIONS = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c++17", "-fno-math-errno", "-fno-trapping-math"]
 WIDE = ["-mprefer-vector-width=512"]  # x86 compilers hold back otherwise
 
@@ -78,8 +78,7 @@ def _compile(compiler: str, files: list[Path], dtype: torch.dtype, target: Path)
 
 def _call(name: str, dtype: torch.dtype, *arguments) -> None:
     """Call a kernel with contiguous tensors on the CPU, whole numbers (int64), floats, blocks, and None for a null pointer."""
-    failed = getattr(libraries()[dtype], name)(*map(_argument, arguments))
-    assert name != "decode_attention" or not failed, "a head size that decode.cpp is not compiled for"
+    getattr(libraries()[dtype], name)(*map(_argument, arguments))
 
 
 def _argument(value):
@@ -153,7 +152,7 @@ def rotate_(x: torch.Tensor, heads: int, cos: torch.Tensor, sin: torch.Tensor, b
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Attention of sequences that lie one after the other, behind one prefix; see attention.cpp.
+# Attention of sequences that lie one after the other, behind one prefix; see block.h.
 
 
 class Block(ctypes.Structure):
@@ -166,12 +165,14 @@ class Block(ctypes.Structure):
 
 
 def attend(blocks: list[Block], qkv: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rotated queries, keys and values (N, H + 2K, E) -> causal attention (N, H E); every token is in one block."""
-    out = qkv.new_empty(len(qkv), heads, qkv.shape[-1])
+    """Rotated queries, keys and values (N, H + 2K, E) -> causal attention (N, H E); every token is in one block.
+
+    By the same code as `Cache.attend`, to the same bits.
+    """
+    out = qkv.new_empty(len(qkv), heads * qkv.shape[-1])
     for block in blocks:
-        q, k, v = _factors(block, qkv)
-        _call("scatter_queries", qkv.dtype, block, _probs(block, q, k) @ v, heads, out)
-    return out.flatten(1)
+        _call("block_attention", qkv.dtype, block, qkv, out)
+    return out
 
 
 def attend_backward(blocks: list[Block], grad: torch.Tensor, qkv: torch.Tensor, heads: int) -> torch.Tensor:
@@ -303,7 +304,10 @@ class PackedWeight:
         return weight.dtype == torch.bfloat16 and all(size % 32 == 0 for size in weight.shape) and matrix_units()
 
     def __call__(self, x: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-        """x (n, in) bfloat16 -> (n, out), summed in float32 and given in that or rounded to bfloat16."""
+        """x (n, in) bfloat16 -> (n, out), summed in float32 and given in that or rounded to bfloat16.
+
+        A row's result has the same bits whatever the other rows are, which is not so of PyTorch's products.
+        """
         out = torch.empty(len(x), self.columns, dtype=dtype)
         wide, rounded = (out, None) if dtype == torch.float32 else (None, out)
         _call("product", x.dtype, x, self.packed, self.bias, wide, rounded, len(x), self.columns, self.depth)

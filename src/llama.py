@@ -8,6 +8,7 @@ is not kept. The residual stream is float32: in bfloat16, rounding it 60 times i
 `decoder.LlamaDecoder` steps the same model one token at a time with the same roundings.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -154,6 +155,13 @@ def joined(*weights: torch.Tensor) -> torch.Tensor:
     return first.as_strided((sum(map(len, weights)), first.shape[1]), (first.shape[1], 1))
 
 
+def product(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A linear layer (n, in) -> (n, out), with the very products of a decode step where the machine has them."""
+    if kernels.PackedWeight.fits(weight):
+        return kernels.PackedWeight(weight, bias)
+    return lambda x: F.linear(x, weight, bias)
+
+
 def rotary(model: PreTrainedModel, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine (N, E) float32 for `kernels.rotate_`; the minus of rotate_half is moved into the sine."""
     cos, sin = model.model.rotary_emb(torch.empty(0), positions[None])
@@ -205,13 +213,13 @@ def _layer(
     norm, q, k, v, *biases, out, mlp_norm, gate, up, down = weights
     x, y, scale = kernels.add_norm(x, delta, norm, eps)
     bias = torch.cat(biases) if biases[0] is not None else None
-    qkv = F.linear(y, joined(q, k, v), bias).view(len(x), -1, cos.shape[1])
+    qkv = product(joined(q, k, v), bias)(y).view(len(x), -1, cos.shape[1])
     heads = blocks[0].heads
     kernels.rotate_(qkv, heads + blocks[0].kv_heads, cos, sin)
     attended = kernels.attend(blocks, qkv, heads)
-    after, y, mlp_scale = kernels.add_norm(x, F.linear(attended, out), mlp_norm, eps)
-    gate_up = F.linear(y, joined(gate, up))
-    return F.linear(kernels.swiglu(gate_up), down), (x, scale, qkv, attended, mlp_scale, gate_up, after)
+    after, y, mlp_scale = kernels.add_norm(x, product(out)(attended), mlp_norm, eps)
+    gate_up = product(joined(gate, up))(y)
+    return product(down)(kernels.swiglu(gate_up)), (x, scale, qkv, attended, mlp_scale, gate_up, after)
 
 
 class _PackedHidden(torch.autograd.Function):
@@ -239,9 +247,9 @@ class _PackedHidden(torch.autograd.Function):
                 parts = _layer(parts[0], None, _of_layer(weights, i), blocks, cos, sin, ctx.eps)[1][:-1]
             x, scale, qkv, attended, mlp_scale, gate_up = parts
             # down(swiglu(gate_up(y))), y = norm(x + delta)
-            of_gate_up, product = kernels.swiglu_backward(of_out @ down, gate_up)
-            grad_down = of_out.T @ product
-            delta = F.linear(attended, out)  # a product in 60; kept, it would be a sixth of the memory
+            of_gate_up, gated = kernels.swiglu_backward(of_out @ down, gate_up)
+            grad_down = of_out.T @ gated
+            delta = product(out)(attended)  # a product in 60; kept, it would be a sixth of the memory
             of_y = of_gate_up @ joined(gate, up)
             of_out, y, grad_mlp_norm = kernels.norm_backward(of_y, x, delta, mlp_scale, mlp_norm, of_x)
             grad_gate, grad_up = (of_gate_up.T @ y).chunk(2)

@@ -6,6 +6,7 @@ of the vocabulary at a time, and are computed again in the backward pass: a batc
 embedded model itself.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -120,33 +121,28 @@ def completion_log_probs(
     return log_probs.masked_scatter(mask, _TokenLogProbs.apply(hidden, head.weight, head.bias, targets, temperature))
 
 
-def head_weight(weight: torch.Tensor) -> torch.Tensor:
-    """The output head's weight (V, D) as `head_logits` wants it: float32 on a CPU."""
-    return weight.detach().float() if weight.device.type == "cpu" else weight.detach()
+def head_product(weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The output head, weight (V, D) and bias (V,) or None, as a function from hidden states (n, D) to logits (n, V) float32.
 
-
-def head_logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Logits (n, V) float32.
-
-    A bfloat16 product rounds its result: logits of 20 by 0.06, half of the log-probs' error. On a CPU the factors are given in
-    float32 and multiplied as the bfloat16 that they are, with a result in float32.
-
-    Args:
-        hidden: (n, D).
-        weight: (V, D), from `head_weight`.
-        bias: (V,) or None.
+    A bfloat16 product rounds its result: logits of 20 by 0.06, half of the log-probs' error. On a CPU without matrix units of our
+    own the factors are given in float32 and multiplied as the bfloat16 that they are, with a result in float32.
     """
-    if hidden.device.type != "cpu":
-        return F.linear(hidden, weight, bias).float()
-    bias = None if bias is None else bias.float()
-    if hidden.dtype == torch.float32:
-        return F.linear(hidden, weight, bias)
-    matmul = torch.backends.mkldnn.matmul
-    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
-    try:
-        return F.linear(hidden.float(), weight, bias)
-    finally:
-        matmul.fp32_precision = before
+    weight, bias = weight.detach(), None if bias is None else bias.detach()
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
+        return lambda hidden: F.linear(hidden, weight, bias).float()
+    if kernels.PackedWeight.fits(weight):
+        packed = kernels.PackedWeight(weight, bias)
+        return lambda hidden: packed(hidden, torch.float32)
+    wide, wide_bias, matmul = weight.float(), None if bias is None else bias.float(), torch.backends.mkldnn.matmul
+
+    def of(hidden: torch.Tensor) -> torch.Tensor:
+        before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+        try:
+            return F.linear(hidden.float(), wide, wide_bias)
+        finally:
+            matmul.fp32_precision = before
+
+    return of
 
 
 def vocabulary_block(device: str) -> int:
@@ -186,7 +182,7 @@ class _TokenLogProbs(torch.autograd.Function):
         compiled = hidden.device.type == "cpu" and kernels.libraries() is not None
         seen = kernels.LogTotals(targets, temperature) if compiled else LogTotals(targets, temperature)
         for part in _vocabulary_blocks(weight):
-            seen.take(head_logits(hidden, head_weight(weight[part]), None if bias is None else bias[part]), part.start)
+            seen.take(head_product(weight[part], None if bias is None else bias[part])(hidden), part.start)
         totals = seen.totals()
         ctx.save_for_backward(hidden, weight, bias, targets, totals)
         ctx.temperature, ctx.compiled = temperature, compiled and hidden.dtype in (torch.float32, torch.bfloat16)

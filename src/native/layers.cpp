@@ -5,31 +5,26 @@
 
 extern "C" {
 
-// x (n, d) float32 plus delta, if any -> sum (n, d); its RMSNorm -> y (n, d), 1 / root mean square -> scale (n).
+// x (n, d) float32 plus delta, if any, -> sum (n, d), untouched where there is none; its RMSNorm -> y (n, d), 1 / root mean square -> scale (n).
 void add_norm(const float* x, const T* delta, const T* weight, float eps, float* sum, T* y, float* scale, int64_t n, int64_t d) {
 #pragma omp parallel for
     for (int64_t i = 0; i < n; ++i) {
-        const float* from = x + i * d;
-        float* to = sum + i * d;
-        float squares = 0;
+        const float* total = x + i * d;
         if (delta) {
             const T* add = delta + i * d;
-#pragma omp simd reduction(+ : squares)
-            for (int64_t j = 0; j < d; ++j) {
-                float value = from[j] + wide(add[j]);
-                to[j] = value;
-                squares += value * value;
-            }
-        } else {
-#pragma omp simd reduction(+ : squares)
-            for (int64_t j = 0; j < d; ++j) squares += from[j] * from[j];
-            to = const_cast<float*>(from);
+            float* to = sum + i * d;
+#pragma omp simd
+            for (int64_t j = 0; j < d; ++j) to[j] = total[j] + wide(add[j]);
+            total = to;
         }
+        float squares = 0;
+#pragma omp simd reduction(+ : squares)
+        for (int64_t j = 0; j < d; ++j) squares += total[j] * total[j];
         float factor = 1.0f / std::sqrt(squares / d + eps);
         scale[i] = factor;
         T* out = y + i * d;
 #pragma omp simd
-        for (int64_t j = 0; j < d; ++j) out[j] = narrow(to[j] * factor * wide(weight[j]));
+        for (int64_t j = 0; j < d; ++j) out[j] = narrow(total[j] * factor * wide(weight[j]));
     }
 }
 
@@ -102,18 +97,17 @@ void swiglu_backward(const T* of_out, const T* gate_up, T* of_gate_up, T* out, i
 // Rotary embedding in place of the first `turned` of `heads` heads of x (n, heads, e), token i at row i of cos and sin (n, e);
 // `back` gives its gradient.
 void rotate(T* x, const float* cos, const float* sin, int64_t n, int64_t turned, int64_t heads, int64_t e, int back) {
-    const int64_t half = e / 2;
-#pragma omp parallel for
-    for (int64_t i = 0; i < n; ++i) {
-        const float *c = cos + i * e, *s = sin + i * e;
-        for (int64_t h = 0; h < turned; ++h) {
-            T *front = x + (i * heads + h) * e, *behind = front + half;
-#pragma omp simd
-            for (int64_t j = 0; j < half; ++j) {
-                const float f = wide(front[j]), b = wide(behind[j]);
-                front[j] = narrow(f * c[j] + b * (back ? s[j + half] : s[j]));
-                behind[j] = narrow(b * c[j + half] + f * (back ? s[j] : s[j + half]));
+#pragma omp parallel
+    {
+        std::vector<float> other(e);  // the sine of the gradient
+#pragma omp for
+        for (int64_t i = 0; i < n; ++i) {
+            const float* s = sin + i * e;
+            if (back) {
+                std::rotate_copy(s, s + e / 2, s + e, other.data());
+                s = other.data();
             }
+            for (int64_t h = 0; h < turned; ++h) rotate_head(x + (i * heads + h) * e, cos + i * e, s, e, x + (i * heads + h) * e);
         }
     }
 }

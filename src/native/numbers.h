@@ -39,11 +39,11 @@ inline T narrow(float x) { return x; }
 #endif
 
 // e^x to 2 units in the last place: 2^k (1 + r + ...), |r| < ln 2 / 2. In plain arithmetic, so that loops of it become vectors.
-// Below -87 it is e^-87, nothing beside 1.
+// Below -87 it is 0.
 inline float fast_exp(float x) {
-    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
-    float k = std::nearbyint(x * 1.44269504f);
-    float r = x - k * 0.693359375f + k * 2.12194440e-4f;
+    const float held = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+    float k = std::nearbyint(held * 1.44269504f);
+    float r = held - k * 0.693359375f + k * 2.12194440e-4f;
     float p = 1.9875691e-4f;
     p = p * r + 1.3981999e-3f;
     p = p * r + 8.3334519e-3f;
@@ -51,8 +51,20 @@ inline float fast_exp(float x) {
     p = p * r + 1.6666665e-1f;
     p = p * r + 5.0000001e-1f;
     p = p * r * r + r + 1.0f;
-    return p * as_float(uint32_t(int32_t(k) + 127) << 23);
+    p *= as_float(uint32_t(int32_t(k) + 127) << 23);
+    return x < -87.0f ? 0.0f : p;
 }
 
 inline float sigmoid(float x) { return 1.0f / (1.0f + fast_exp(-x)); }
 
+// Rotary embedding of a head (e): x cos + (halves exchanged) sin, the sine with the sign of rotate_half; rounded to T. Written as
+// fused operations, so that it has the same bits wherever it is compiled into; `to` may be x.
+inline void rotate_head(const T* x, const float* cos, const float* sin, int64_t e, T* to) {
+    const int64_t half = e / 2;
+#pragma omp simd
+    for (int64_t j = 0; j < half; ++j) {
+        const float front = wide(x[j]), back = wide(x[j + half]);
+        to[j] = narrow(std::fma(front, cos[j], back * sin[j]));
+        to[j + half] = narrow(std::fma(back, cos[j + half], front * sin[j + half]));
+    }
+}

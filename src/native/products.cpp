@@ -70,36 +70,40 @@ void pack_weight(const T* weight, T* to, int64_t columns, int64_t depth) {
 }
 
 // x (n, depth) times a packed weight (columns, depth), columns and depth multiples of 32, plus `bias` (columns) float32, if any
-// -> (n, columns), float32 in `wide_to` or rounded in `to`, whichever is given.
+// -> (n, columns), float32 in `wide_to` or rounded in `to`, whichever is given. A row's result does not depend on the others.
 void product(const T* x, const T* weight, const float* bias, float* wide_to, T* to, int64_t n, int64_t columns, int64_t depth) {
+    constexpr int64_t TOGETHER = 256;  // rows of x that stay in a core's cache
     const TileShapes shapes;
     std::vector<T> last(n % 32 ? 32 * depth : 0);  // rows that do not fill a tile, and zeros
     std::copy(x + n / 32 * 32 * depth, x + n * depth, last.begin());
-    const int64_t lines = std::max<int64_t>(1, 32 * 32 / n);  // of the 32 that a step in depth takes
 #pragma omp parallel
     {
         _tile_loadconfig(&shapes);
         alignas(64) float result[32 * 32];
-#pragma omp for schedule(static)
-        for (int64_t c = 0; c < columns; c += 32)
-            for (int64_t i = 0; i < n; i += 32) {
-                const bool fetch = c + 32 < columns && i / 32 * lines < 32;
-                const T* ahead = weight + (c + 32) * depth + i / 32 * lines * depth;
-                two_by_two(i + 32 > n ? last.data() : x + i * depth, weight + c * depth, depth, result,
-                           reinterpret_cast<const char*>(ahead), fetch ? lines : 0);
-                for (int64_t r = 0; r < std::min<int64_t>(32, n - i); ++r) {
-                    float* from = result + r * 32;
-                    const int64_t place = (i + r) * columns + c;
-                    if (bias)
+        for (int64_t first = 0; first < n; first += TOGETHER) {
+            const int64_t stop = std::min(first + TOGETHER, n);
+            const int64_t lines = std::max<int64_t>(1, 32 * 32 / (stop - first));  // of the 32 that a step in depth takes
+#pragma omp for schedule(static) nowait
+            for (int64_t c = 0; c < columns; c += 32)
+                for (int64_t i = first; i < stop; i += 32) {
+                    const int64_t before = (i - first) / 32 * lines;
+                    const T* ahead = weight + (c + 32) * depth + before * depth;
+                    two_by_two(i + 32 > n ? last.data() : x + i * depth, weight + c * depth, depth, result,
+                               reinterpret_cast<const char*>(ahead), c + 32 < columns && before < 32 ? lines : 0);
+                    for (int64_t r = 0; r < std::min<int64_t>(32, n - i); ++r) {
+                        float* from = result + r * 32;
+                        const int64_t place = (i + r) * columns + c;
+                        if (bias)
 #pragma omp simd
-                        for (int64_t j = 0; j < 32; ++j) from[j] += bias[c + j];
-                    if (wide_to)
-                        std::memcpy(wide_to + place, from, 32 * sizeof(float));
-                    else
+                            for (int64_t j = 0; j < 32; ++j) from[j] += bias[c + j];
+                        if (wide_to)
+                            std::memcpy(wide_to + place, from, 32 * sizeof(float));
+                        else
 #pragma omp simd
-                        for (int64_t j = 0; j < 32; ++j) to[place + j] = narrow(from[j]);
+                            for (int64_t j = 0; j < 32; ++j) to[place + j] = narrow(from[j]);
+                    }
                 }
-            }
+        }
         _tile_release();
     }
 }

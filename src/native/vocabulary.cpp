@@ -65,7 +65,7 @@ void choose(const float* logits, float temperature, const float* uniform, int64_
             int64_t chosen = -1;
             for (int64_t j = start; j < stop; ++j) {
                 const float weight = fast_exp((row[j] - most) * by);
-                if (weight > 1e-37f) chosen = j;  // where rounding leaves the point beyond the last
+                if (weight > 0) chosen = j;  // where rounding leaves the point beyond the last
                 if ((point -= weight) < 0) break;
             }
             token[i] = chosen < 0 ? start : chosen;
