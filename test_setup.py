@@ -124,6 +124,17 @@ def check_device() -> str:
     return f"{what}, models compute in {str(dtype).removeprefix('torch.')}"
 
 
+def check_kernels() -> str:
+    from src import kernels
+
+    if run_device().type != "cpu":
+        raise Skipped("compiled kernels (they are for training on a CPU)")
+    if kernels.libraries() is None:
+        raise Skipped(f"compiled kernels ({kernels.ABSENT})")
+    products = "with" if kernels.matrix_units() else "without"
+    return f"compiled kernels: there, {products} products on the processor's matrix units (AMX)"
+
+
 def check_memory() -> str:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     if memory < MIN_MEMORY_GB:
@@ -205,7 +216,7 @@ def main() -> int:
         "arithmetic_hard_test": 200,
     }
     checks += [lambda n=name, c=count: check_data(f"{n}.jsonl", c) for name, count in counts.items()]
-    checks += [check_verifier, check_hybrid_reward, check_device, check_memory, check_disk]
+    checks += [check_verifier, check_hybrid_reward, check_device, check_kernels, check_memory, check_disk]
     if arguments.full:
         checks.append(lambda: check_policy(arguments.model_name))
         checks.append(lambda: check_reward_model(arguments.reward_model_name, arguments.model_name))

@@ -37,7 +37,7 @@ from accelerate.utils import set_seed
 from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from src import models
+from src import kernels, models
 from src.checkpoint import save_checkpoint
 from src.errors import InputError
 from src.grpo import compute_advantages, kl_estimate, policy_loss, token_weights
@@ -242,6 +242,8 @@ def main(
     policy = models.load_policy(model_name, run_device)
     compute = f"computes in {str(compute_dtype).removeprefix('torch.')} on {run_device.type}"
     print(f"policy: {policy.num_parameters() / 1e6:.1f} million weights, trained in float32, {compute}", flush=True)
+    if run_device.type == "cpu" and kernels.libraries() is None:
+        print(kernels.ABSENT, flush=True)
     adapter = models.add_lora(policy, lora_rank) if lora_rank else None  # lives in the policy's layers
     if adapter:
         trained = adapter.get_nb_trainable_parameters()[0]

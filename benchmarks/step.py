@@ -7,7 +7,9 @@ end token is suppressed, so that all do the same work; with `--tokens 0` complet
 - ours: train.py's own functions. Float32 weights are trained, bfloat16 ones compute.
 - trl: GRPOTrainer as it comes, which trains float32 weights too and computes in bfloat16 by autocast.
 - trl-bf16: GRPOTrainer with weights in bfloat16 and without gradient checkpointing: faster, but small updates are rounded away.
-- plain: what a first version looks like, after tiny-grpo: question by question, padded batches of 8, all logits.
+- plain: what a first version looks like, after tiny-grpo: question by question, padded batches of 8, all logits, and gradient
+  checkpointing as there.
+- plain-kept: the same without gradient checkpointing, which fits in memory here.
 """
 
 import functools
@@ -191,7 +193,7 @@ def trl_bf16(data: str, model: str, tokens: int):
     return trl(data, model, tokens, {"model_init_kwargs": {"dtype": "bfloat16"}, "gradient_checkpointing": False})
 
 
-def plain(data: str, model: str, tokens: int):
+def plain(data: str, model: str, tokens: int, checkpointing: bool = True):
     """Generate question by question, padded batches, full logits, bfloat16 weights stepped as they are."""
     import copy
 
@@ -204,6 +206,8 @@ def plain(data: str, model: str, tokens: int):
     tokenizer = models.load_tokenizer(model)
     policy = AutoModelForCausalLM.from_pretrained(models.resolve(model, "--model-name"), dtype=torch.bfloat16).eval()
     reference = copy.deepcopy(policy).requires_grad_(False)
+    if checkpointing:
+        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LR, weight_decay=0.0)
     verifier, todo = MathVerifier(), problems(data)
     prompts = [ids for ids in encode_prompts(tokenizer, todo, None, 2048) for _ in range(G)]
@@ -252,6 +256,7 @@ def plain(data: str, model: str, tokens: int):
             old = [log_probs(policy, out[part], attention[part]) for part in parts]
             frozen = [log_probs(reference, out[part], attention[part]) for part in parts]
         with phase("update"):
+            policy.train()  # or transformers would not checkpoint
             for part, before, base in zip(parts, old, frozen, strict=True):
                 now = log_probs(policy, out[part], attention[part])
                 ratio = (now - before).exp()
@@ -262,10 +267,16 @@ def plain(data: str, model: str, tokens: int):
             torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
+            policy.eval()
         yield {"phases": phase.seconds, "tokens": int(real.sum())}
 
 
-PROGRAMS = {"ours": ours, "trl": trl, "trl-bf16": trl_bf16, "plain": plain}
+def plain_kept(data: str, model: str, tokens: int):
+    """The plain loop without gradient checkpointing."""
+    return plain(data, model, tokens, checkpointing=False)
+
+
+PROGRAMS = {"ours": ours, "trl": trl, "trl-bf16": trl_bf16, "plain": plain, "plain-kept": plain_kept}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -312,7 +323,7 @@ def work(name: str, data: str, model: str, tokens: int) -> None:
 
 
 def main(
-    programs: tuple[Literal["ours", "trl", "trl-bf16", "plain"], ...] = ("ours", "trl", "trl-bf16", "plain"),
+    programs: tuple[Literal["ours", "trl", "trl-bf16", "plain", "plain-kept"], ...] = ("ours", "trl", "trl-bf16", "plain"),
     tokens: int = 64,
     repetitions: int = 5,
     data: str = str(ROOT / "data" / "dummy_math_tasks.jsonl"),

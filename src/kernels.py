@@ -22,6 +22,10 @@ from huggingface_hub import cached_assets_path
 
 SOURCES = Path(__file__).parent / "native"
 HEAD_SIZES = (16, 32, 64, 96, 128)  # that attention.cpp is compiled for
+ABSENT = (
+    "no C++ compiler on this machine, so training on the CPU takes about twice as long; install one "
+    "(Debian, Ubuntu: apt-get install g++)"
+)
 LANES = 16  # columns of a block of keys, as in attention.cpp
 OPTIONS = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c++17", "-fno-math-errno", "-fno-trapping-math"]
 WIDE = ["-mprefer-vector-width=512"]  # x86 compilers hold back otherwise
@@ -44,6 +48,8 @@ def libraries() -> dict[torch.dtype, ctypes.CDLL] | None:
     try:
         folder = cached_assets_path("hybrid-grpo", "kernels", name)
         compiled = {dtype: folder / f"{str(dtype).removeprefix('torch.')}.so" for dtype in (torch.float32, torch.bfloat16)}
+        if not all(path.exists() for path in compiled.values()):
+            print("Compiling the CPU kernels (once, about 5 s)...", flush=True)
         with ThreadPoolExecutor() as pool:
             list(pool.map(functools.partial(_compile, compiler, files), compiled, compiled.values()))
         return {dtype: ctypes.CDLL(str(path)) for dtype, path in compiled.items()}
