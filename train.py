@@ -916,8 +916,8 @@ def update(
     if failed:
         which = ", ".join(map(str, sorted(failed)))
         print(
-            f"warning: loss or gradient of {len(grad_norms) - len(finite)} updates was not finite; they are skipped. They had the "
-            f"step's completions {which} (0 is its first in rollouts.jsonl)",
+            f"warning: loss or gradient of {len(grad_norms) - len(finite)} updates was not finite; they are skipped. They had "
+            f"the step's completions {which} (0 is its first in rollouts.jsonl)",
             flush=True,
         )
     totals = parallel.sum_values(totals)
