@@ -900,8 +900,9 @@ def update(
             )  # fmt: skip
             (sums, not_finite), micro_batch_size = fit_memory(compute, micro_batch_size)
             parallel.sum_gradients(master.parameters)
-            grad_norm = torch.nn.utils.clip_grad_norm_(master.parameters, max_norm)
-            grad_norms.append(grad_norm.item())
+            grad_norm = torch.nn.utils.clip_grad_norm_(master.parameters, max_norm).item()
+            not_finite = parallel.gather(not_finite)
+            grad_norms.append(math.nan if not_finite else grad_norm)
             if math.isfinite(grad_norms[-1]):
                 before = master.sample_values() if len(grad_norms) == 1 else None
                 optimizer.step()
@@ -910,7 +911,7 @@ def update(
                 for name in sums:  # before the first optimizer step sampler and trainer have the same weights, later no longer
                     totals[name] += sums[name] if before is not None or not name.startswith("gap") else 0.0
             else:
-                failed |= set(parallel.gather(not_finite)) or set(batch.tolist())
+                failed |= set(not_finite or batch.tolist())
             master.release_gradients()
     finite = [g for g in grad_norms if math.isfinite(g)]
     if failed:
