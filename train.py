@@ -282,6 +282,8 @@ def main(
     reward_model = load_reward_model(reward_choice)
     if reward_mode == "rm" and reward_model is None:
         raise InputError("--reward-mode rm: the reward model could not be loaded, see above")
+    if len(set(parallel.gather([reward_model is None]))) > 1:
+        raise InputError("--reward-model-name: not every process has room for the reward model; see --reward-model-device")
 
     # The run: a new one, or one that goes on from a checkpoint
     progress = Progress(
@@ -297,7 +299,7 @@ def main(
     run = RunLog(folder, run_name is None, None if resume else config, accelerator.is_main_process)
     run.folder = parallel.from_first(run.folder)
     generators = {"order": order_generator, "sample": sample_generator}
-    checkpoints = Checkpoints(run, adapter or policy, tokenizer, master, optimizer, generators, reward_model, keep_checkpoints)
+    checkpoints = Checkpoints(run, adapter or policy, tokenizer, master, optimizer, generators, keep_checkpoints)
     warmed_up = False
     if checkpoint:
         had, progress = progress.reward_model, checkpoints.load(checkpoint)
@@ -329,8 +331,9 @@ def main(
         scores = scores[scores.isfinite()]  # a score that failed is no bound
         if not len(scores):
             print("warning: the reward model failed on every completion of the warmup; both bounds are 0", flush=True)
-        else:
-            progress.min_rm, progress.max_rm = parallel.from_first((scores.min().item(), scores.max().item()))
+        bounds = (scores.min().item(), scores.max().item()) if len(scores) else (0.0, 0.0)
+        progress.min_rm, progress.max_rm = parallel.from_first(bounds)
+        count_failures(reward_model, progress)
     # With no reward model every score and both bounds are 0, so r_hat is -alpha or 1 - beta.
     print(f"RM bounds: min={progress.min_rm:.4f}, max={progress.max_rm:.4f}", flush=True)
 
@@ -394,7 +397,8 @@ def main(
             )  # fmt: skip
             advantages = compute_advantages(scores.rewards, group_size, advantage_scale)  # (B,)
             score_s = time.perf_counter() - phase_started
-            verifier_metrics = verifier.metrics()
+            verifier_metrics = parallel.sum_values(verifier.metrics())
+            verifier_metrics["verifier/extracted_frac"] /= parallel.processes()  # each judges as many
             if step == 0 and reward_model is None:  # there was no warmup to see it in
                 warn_of_unread_answers(verifier_metrics, completions, verifier_method)
             print_rollouts(questions, answers, scores, group_size, step)
@@ -418,8 +422,8 @@ def main(
 
             # Report and save
             metrics |= reward_metrics(scores, advantages, group_size) | completion_metrics(samples, scores)
-            metrics["reward/rm_failed"] = float(reward_model.failed if reward_model else 0)
-            metrics["reward/rm_truncated"] = float(reward_model.truncated if reward_model else 0)
+            count_failures(reward_model, progress)
+            metrics |= {"reward/rm_failed": float(progress.rm_failed), "reward/rm_truncated": float(progress.rm_truncated)}
             metrics |= verifier_metrics | {"reward/sigma_bar": progress.sigma_bar.mean, "optim/lr": step_lr}
             metrics |= {"time/rollout_s": rollout_s, "time/score_s": score_s, "time/update_s": update_s}
             metrics["time/step_s"] = time.perf_counter() - step_started
@@ -826,6 +830,15 @@ def score(
     judged = torch.tensor(["error" not in v for v in verdicts])
     rewards = neutral_where_unjudged(rewards, judged, group_size)
     return Scores(verdicts, rule_rewards, rm_scores, rm_clamped, n, sigma_u, r_hat, weights, rewards)
+
+
+def count_failures(reward_model: AceRewardModel | None, progress: Progress) -> None:
+    """Take what the reward model has counted in all processes into the run's own counts."""
+    if reward_model:
+        counts = parallel.sum_values({"failed": reward_model.failed, "truncated": reward_model.truncated})
+        progress.rm_failed += counts["failed"]
+        progress.rm_truncated += counts["truncated"]
+        reward_model.failed = reward_model.truncated = 0
 
 
 def neutral_where_unjudged(rewards: torch.Tensor, judged: torch.Tensor, group_size: int) -> torch.Tensor:
