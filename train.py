@@ -3,6 +3,7 @@
     python train.py                                  TinyLlama-1.1B-Chat with AceMath-7B-RM, one GPU
     python train.py --model-name embedded            SmolLM2-135M-Instruct, no GPU, no hub
     python train.py --reward-scorer tanh             the experimental weight
+    python train.py --resume output/RUN              go on with a run that was stopped
     python train.py --help                           every hyperparameter; they are the parameters of main()
 
 One step: sample G completions for each of Q questions, judge and score each, centre the rewards on their group's mean,
@@ -286,12 +287,14 @@ def main(
         raise InputError("--reward-model-name: not every process has room for the reward model; see --reward-model-device")
 
     # The run: a new one, or one that goes on from a checkpoint
+    steps_per_epoch = len(problems) // rollouts_per_step
+    total_steps = min(epochs * steps_per_epoch, max_steps or math.inf)
     progress = Progress(
         problems=len(problems), model=model_fingerprint, reward_model=reward_choice.name if reward_model else None
     )
     changed = changes(read_config(folder)["hyperparameters"], hyperparameters) if resume else {}
     if checkpoint:
-        check_resumed(read_progress(checkpoint), progress, changed, resume)
+        check_resumed(read_progress(checkpoint), progress, changed, total_steps, resume)
     config = {
         "hyperparameters": {**hyperparameters, "run_device": str(run_device), "compute_dtype": str(compute_dtype)},
         "data_sha256": {"data": file_hash(data), "eval_data": file_hash(eval_data)},
@@ -338,12 +341,6 @@ def main(
     print(f"RM bounds: min={progress.min_rm:.4f}, max={progress.max_rm:.4f}", flush=True)
 
     # Training
-    steps_per_epoch = len(problems) // rollouts_per_step
-    total_steps = min(epochs * steps_per_epoch, max_steps or math.inf)
-    if total_steps < progress.step:
-        raise InputError(
-            f"--resume {resume}: the run has done {progress.step} steps and is to have {total_steps}; raise --max-steps"
-        )
     print(f"training for {total_steps} steps of {rollouts_per_step} x {group_size} completions", flush=True)
     if max_steps and total_steps < max_steps:
         print(f"that is less than --max-steps {max_steps}: --epochs {epochs} x {steps_per_epoch} steps come first", flush=True)
@@ -358,8 +355,8 @@ def main(
 
             # Held-out accuracy of the policy after `step` steps: before the first, every interval, after the last.
             if eval_problems and (step in (0, total_steps) or (eval_interval and step % eval_interval == 0)):
-                evaluation = evaluate(
-                    policy, tokenizer, verifier, eval_problems, eval_prompt_ids, group_size * rollouts_per_step, sampling
+                evaluation, at_once = fit_memory(
+                    lambda size: evaluate(policy, tokenizer, verifier, eval_problems, eval_prompt_ids, size, sampling), at_once
                 )
                 metrics |= evaluation
                 progress.accuracies.append(evaluation["eval/accuracy"])
@@ -542,7 +539,7 @@ def check_processes(processes: int, rollouts_per_step: int) -> None:
         )
 
 
-def check_resumed(had: Progress, has: Progress, changed: dict[str, list], resume: str) -> None:
+def check_resumed(had: Progress, has: Progress, changed: dict[str, list], total_steps: int, resume: str) -> None:
     """Refuse to go on with other models or problems than before, unless they are named anew.
 
     Args:
@@ -553,6 +550,8 @@ def check_resumed(had: Progress, has: Progress, changed: dict[str, list], resume
     Raises:
         InputError: Something differs.
     """
+    if total_steps < had.step:
+        raise InputError(f"--resume {resume}: the run has done {had.step} steps and is to have {total_steps}; raise --max-steps")
     if had.model != has.model and "model_name" not in changed:
         raise InputError(f"--resume {resume}: the model has changed since the run began; put the old one back")
     if had.problems != has.problems and "data" not in changed:

@@ -273,6 +273,14 @@ def test_a_run_without_a_checkpoint_yet_begins_again_in_its_folder(tiny):
     assert_same_run(straight, run, 3)
 
 
+def test_weights_and_biases_goes_on_with_the_same_run(tiny, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run = train.main(**tiny | dict(wandb_project="test", max_steps=1))
+    train.main(resume=str(run), max_steps=2)
+    name = json.loads((run / "step_2/training_state/state.json").read_text())["wandb_id"]
+    assert name and {path.stem.rsplit("-", 1)[1] for path in run.glob("wandb/offline-run-*/*.wandb")} == {name}
+
+
 # --------------------------------------------------------------------------------------------------------- checkpoints
 
 
