@@ -605,7 +605,7 @@ def read_prompts(data: str, flag: str) -> list[Problem]:
             if line.strip():
                 try:
                     records.append((f"{data}, line {number}", json.loads(line)))
-                except ValueError as error:  # not JSON, or a number of more digits than Python reads
+                except (ValueError, RecursionError) as error:  # not JSON, or more digits or brackets than Python reads
                     raise InputError(
                         f"{data}, line {number}: not JSON ({error}); each line must be one {{'question', 'answer'}} object"
                     ) from None

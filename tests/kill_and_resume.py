@@ -7,6 +7,7 @@ Every other kill comes while a checkpoint is being written. Exits with status 1 
 random generators, metrics.jsonl (times aside) and rollouts.jsonl are equal bit for bit.
 """
 
+import contextlib
 import os
 import random
 import subprocess
@@ -21,7 +22,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tests.conftest import ROOT, as_flags, byte_tokenizer, make_policy, make_reward_model
-from tests.test_resume import assert_same_run, has_steps
+from tests.test_resume import assert_same_run
 from tests.test_train import metrics_of
 
 
@@ -50,7 +51,7 @@ def main(kills: int = 10, steps: int = 12, seed: int = 0, dtype: Literal["float3
         flags = as_flags(settings | dict(run_name="killed"))
         for kill in range(kills):
             process = start(flags, folder / "lines")
-            moment = wait_for_moment(process, killed, moments, in_write=kill % 2 == 1)
+            moment = wait_for_moment(process, folder / "lines", killed, moments, in_write=kill % 2 == 1)
             process.kill()
             status = process.wait()
             done = len(metrics_of(killed)) if (killed / "metrics.jsonl").exists() else 0
@@ -70,22 +71,21 @@ def start(flags: list[str], output: Path) -> subprocess.Popen:
         return subprocess.Popen([sys.executable, "train.py", *flags], cwd=ROOT, stdout=file, stderr=file, env=dict(os.environ))
 
 
-def wait_for_moment(process: subprocess.Popen, run: Path, moments: random.Random, in_write: bool) -> str:
+def wait_for_moment(process: subprocess.Popen, lines: Path, run: Path, moments: random.Random, in_write: bool) -> str:
     """Return at a random moment of the training, or of the writing of a checkpoint."""
-    before = len(metrics_of(run)) if (run / "metrics.jsonl").exists() else 0
-    started = time.monotonic()
+    started, files = time.time(), moments.randrange(1, 14)
     if not in_write:
         # Until the first step is over the process is loading; sometimes the moment is there.
-        if moments.random() < 0.8:
-            while process.poll() is None and not (has_steps(run, 1) and len(metrics_of(run)) != before):
-                time.sleep(0.002)
+        while moments.random() < 0.9999 and process.poll() is None and ": kl=" not in lines.read_text():
+            time.sleep(0.002)
         time.sleep(moments.uniform(0, 0.8))
-        return f"{time.monotonic() - started:.1f} s after its start"
+        return f"{time.time() - started:.1f} s after its start"
     while process.poll() is None:
-        files = [path for hidden in run.glob(".step_*.partial") for path in hidden.rglob("*")]
-        if len(files) >= moments.randrange(1, 12):
-            return f"{time.monotonic() - started:.1f} s after its start, with {len(files)} files of a checkpoint written"
-    return "too late"
+        with contextlib.suppress(OSError):  # renamed while it is looked at
+            new = [f for hidden in run.glob(".step_*.partial") for f in hidden.rglob("*") if f.stat().st_mtime > started]
+            if len(new) >= files:
+                return f"{time.time() - started:.1f} s after its start, with {len(new)} files of a checkpoint written"
+    return "after its end"
 
 
 if __name__ == "__main__":

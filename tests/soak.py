@@ -161,7 +161,7 @@ def main(steps: int = 300, seed: int = 0) -> None:
     growth = max(after_50) / after_50[0] - 1
     print(f"faults: {dict(faults.seen)}")
     print(f"memory: {after_50[0] / 1e6:.0f} MB at step 50, at most {growth:+.1%} after it")
-    print(f"held before: {before}, after: {after}")
+    print(f"held before: {before}, after: {after}", flush=True)
     assert [row["step"] for row in rows] == list(range(steps)) and set(lines.values()) == {16} and len(lines) == steps
     assert all(faults.seen[name] for name in faults.plan), "a fault did not come"
     assert growth < 0.05 and before == after

@@ -34,7 +34,7 @@ def bad_number(draw: random.Random) -> dict:
 
 def bad_word(draw: random.Random) -> dict:
     """No such choice, no such type, no such flag: only the command line can be given these."""
-    word = "".join(draw.choices(string.ascii_letters + string.digits + "é§ €\x1b", k=draw.randrange(1, 30)))
+    word = "".join(draw.choices(string.ascii_letters + string.digits + "é§ €", k=draw.randrange(1, 30)))
     name = draw.choice(
         ["device", "dtype", "lr_schedule", "advantage_scale", "reward_mode", "reward_scorer", "rm_bounds", "lr", "group_size",
          "epochs", "max_steps", "top_p", "seed", "no_such_flag", "gradient_checkpointing_", "learning_rate"]
