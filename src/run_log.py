@@ -81,7 +81,10 @@ class RunLog:
 
     def _write_config(self, config: dict) -> None:
         aside = self.folder / ".config.json.partial"
-        aside.write_text(json.dumps(config, indent=2) + "\n")
+        with aside.open("w") as file:
+            file.write(json.dumps(config, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         aside.rename(self.folder / "config.json")
 
     def _lock(self) -> None:
