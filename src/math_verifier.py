@@ -38,6 +38,7 @@ class VerifierCounts:
     fast: int = 0  # answers that were settled without Math-Verify
     symbolic: int = 0  # answers that it settled
     timeouts: int = 0  # answers on which it broke a limit, or that the batch's time did not reach; they count as wrong
+    errors: int = 0  # completions on which the verifier itself failed
 
 
 def ground_truth_of(answer: str) -> str:
@@ -145,7 +146,18 @@ class MathVerifier:
         return self.verify_batch([prompt], [response], [ground_truth])[0]
 
     def verify_batch(self, prompts: list[str], responses: list[str], ground_truths: list[str]) -> list[dict]:
-        """`verify` for each of three lists of one length, in order."""
+        """`verify` for each of three lists of one length, in order; where judging fails, the dict has an "error" besides."""
+        items = list(zip(prompts, responses, ground_truths, strict=True))
+        try:
+            return self._verify_batch(prompts, responses, ground_truths)
+        except Exception as error:  # a completion can be any text: none may stop a run
+            if len(items) > 1:
+                return [self.verify_batch([p], [r], [t])[0] for p, r, t in items]
+            with self._lock:
+                self.counts.errors += 1
+            return [{"correct": False, "reward": 0.0, "parsed_answer": None, "error": f"{type(error).__name__}: {error}"}]
+
+    def _verify_batch(self, prompts: list[str], responses: list[str], ground_truths: list[str]) -> list[dict]:
         finals = [final_answer(r, self.method, p) for p, r in zip(prompts, responses, strict=True)]
         truths = [ground_truth_of(t) for t in ground_truths]
         correct: list[bool | None] = [
@@ -201,6 +213,7 @@ class MathVerifier:
             "verifier/symbolic": float(counts.symbolic),
             "verifier/timeouts": float(counts.timeouts),
             "verifier/restarts": float(restarts),
+            "verifier/errors": float(counts.errors),
             "verifier/extracted_frac": counts.extracted / max(counts.judged, 1),
         }
 
