@@ -3,6 +3,7 @@
     python train.py                                  TinyLlama-1.1B-Chat with AceMath-7B-RM, one GPU
     python train.py --model-name embedded            SmolLM2-135M-Instruct, no GPU, no hub
     python train.py --reward-scorer tanh             the experimental weight
+    python train.py --eval-only --eval-data F        how many questions a model answers right
     python train.py --help                           every hyperparameter; they are the parameters of main()
 
 One step: sample G completions for each of Q questions, judge and score each, centre the rewards on their group's mean,
@@ -24,8 +25,10 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -37,9 +40,10 @@ from accelerate.utils import set_seed
 from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from src import models
+from src import console, models
 from src.checkpoint import save_checkpoint
 from src.errors import InputError
+from src.evaluation import Evaluated, answer, answer_metrics, describe, report_evaluation
 from src.grpo import compute_advantages, kl_estimate, policy_loss, token_weights
 from src.hybrid_reward import (
     RunningMean,
@@ -57,7 +61,7 @@ from src.math_verifier import MathVerifier, ground_truth_of
 from src.memory import Plan, check_fits, free_memory, keep_freed_memory, measure
 from src.reward_model import AceRewardModel, RewardModelChoice, choose_reward_model
 from src.run_log import RunLog, Scores, choose_folder, completion_metrics, reward_metrics, rollout_rows
-from src.sampler import Samples, sample
+from src.sampler import Samples, decode, sample
 from src.speed import speed_metrics
 
 if TYPE_CHECKING:
@@ -118,6 +122,9 @@ def main(
     checkpoint_interval: int = 5,
     eval_data: str | None = None,
     eval_interval: int = 0,
+    eval_only: bool = False,
+    eval_samples: int = 8,
+    eval_against: str | None = None,
     wandb_project: str | None = None,
 ) -> Path:
     """Train a chat model to do maths by GRPO with a hybrid reward.
@@ -178,19 +185,23 @@ def main(
         checkpoint_interval: Steps between checkpoints; there is one at the end as well.
         eval_data: Held-out problems, in the same form as data, answered greedily before the first step and at the end.
         eval_interval: Answer them every so many steps too; 0 = only first and last.
+        eval_only: Evaluate model_name on eval_data and end: no training, no reward model.
+        eval_samples: Completions per question, beside the greedy one, from which eval_only estimates pass@k; 0 = none.
+        eval_against: A second model for eval_only, compared with the first question by question.
         wandb_project: Weights & Biases project to log to (WANDB_MODE=offline needs no account); by default none.
 
     Returns:
-        The run's folder: config.json, metrics.jsonl, rollouts.jsonl, step_<k>/.
+        The run's folder: config.json, metrics.jsonl, rollouts.jsonl, step_<k>/; with eval_only config.json, evaluation.json and
+        evaluation.jsonl.
 
     Raises:
         InputError: A value that cannot work, before any training.
     """
     hyperparameters = dict(locals())
     check_hyperparameters(**hyperparameters)
-    problems = read_prompts(data, "--data")
+    problems = [] if eval_only else read_prompts(data, "--data")
     eval_problems = read_prompts(eval_data, "--eval-data") if eval_data else []
-    if len(problems) < rollouts_per_step:
+    if len(problems) < rollouts_per_step and not eval_only:
         raise InputError(
             f"--data {data}: {len(problems)} problems, but --rollouts-per-step is {rollouts_per_step}; add problems or lower it"
         )
@@ -216,18 +227,22 @@ def main(
     order_generator = torch.Generator().manual_seed(seed)
     sample_generator = torch.Generator(run_device).manual_seed(seed)
 
-    # Memory: what it will take, before anything loads
     transformers.utils.logging.disable_progress_bar()  # of reading weights; downloads keep theirs
+    compute_dtype = models.pick_dtype(run_device, dtype)
+    resolved = {**hyperparameters, "device": str(run_device), "compute_dtype": str(compute_dtype)}
+    if eval_only:
+        names = {"--model-name": model_name} | ({"--eval-against": eval_against} if eval_against else {})
+        return evaluate_only(
+            names, eval_problems, verifier, run_device, compute_dtype, lambda: RunLog(folder, run_name is None, resolved),
+            n=eval_samples, batch_size=rollouts_per_step * group_size, seed=seed, max_length=max_length,
+            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, system_prompt=system_prompt,
+        )  # fmt: skip
+
+    # Memory: what it will take, before anything loads
     tokenizer = models.load_tokenizer(model_name)
     prompt_ids = encode_prompts(tokenizer, problems, system_prompt, max_length)
     eval_prompt_ids = encode_prompts(tokenizer, eval_problems, system_prompt, max_length)
-    compute_dtype = models.pick_dtype(run_device, dtype)
-    skeleton = models.skeleton(
-        models.resolve(model_name, "--model-name"), AutoModelForCausalLM, compute_dtype, f"--model-name {model_name}"
-    )
-    positions = getattr(skeleton.config, "max_position_embeddings", max_length)
-    if max_length > positions:
-        raise InputError(f"--max-length {max_length}: must be at most the {positions} positions of {model_name}")
+    skeleton = load_skeleton(model_name, "--model-name", compute_dtype, max_length)
     reward_choice = plan_memory(
         skeleton, prompt_ids, model_name, reward_model_name, run_device, compute_dtype,
         reward_model_device=reward_model_device, reward_model_8bit=reward_model_8bit, reward_mode=reward_mode,
@@ -262,7 +277,7 @@ def main(
     if reward_mode == "rm" and reward_model is None:
         raise InputError("--reward-mode rm: the reward model could not be loaded, see above")
 
-    run = RunLog(folder, run_name is None, {**hyperparameters, "device": str(run_device), "compute_dtype": str(compute_dtype)})
+    run = RunLog(folder, run_name is None, resolved)
     if wandb_project:
         accelerator.init_trackers(wandb_project, hyperparameters, {"wandb": {"name": run.folder.name, "dir": str(run.folder)}})
     defaults = {name: p.default for name, p in inspect.signature(main).parameters.items()}
@@ -303,14 +318,13 @@ def main(
 
         # Held-out accuracy of the policy after `step` steps: before the first, every interval, after the last.
         if eval_problems and (step in (0, total_steps) or (eval_interval and step % eval_interval == 0)):
-            evaluation = evaluate(
-                policy, tokenizer, verifier, eval_problems, eval_prompt_ids, group_size * rollouts_per_step, sampling
-            )
-            metrics |= evaluation
-            accuracies.append(evaluation["eval/accuracy"])
-            print(
-                f"held-out accuracy after {step} steps: {100 * accuracies[-1]:.1f} % of {len(eval_problems)}, greedy", flush=True
-            )
+            answered = answer(
+                policy, tokenizer, verifier, *texts_of(eval_problems), eval_prompt_ids, 1, rollouts_per_step * group_size,
+                temperature=0.0, top_p=1.0, generator=None, **sampling,
+            )  # fmt: skip
+            metrics |= answer_metrics(answered, verifier_method)
+            accuracies.append(metrics["eval/accuracy"])
+            print(f"held-out accuracy after {step} steps: {describe(metrics)} of {len(eval_problems)}, greedy", flush=True)
         if step == total_steps:
             if metrics:
                 run.metrics(step, metrics)
@@ -403,7 +417,7 @@ def check_hyperparameters(**h) -> None:
 
     at_least = dict(
         epochs=1, train_batch_size=1, micro_batch_size=1, epochs_per_step=1, rollouts_per_step=1, max_length=2,
-        warmup_samples=1, checkpoint_interval=1, eval_interval=0, seed=0, lora_rank=0,
+        warmup_samples=1, checkpoint_interval=1, eval_interval=0, eval_samples=0, seed=0, lora_rank=0,
     )  # fmt: skip
     for name, least in at_least.items():
         if h[name] < least:
@@ -424,6 +438,10 @@ def check_hyperparameters(**h) -> None:
         refuse("seed", "must be below 2**32")
     if h["eval_interval"] and not h["eval_data"]:
         refuse("eval_interval", "needs --eval-data, the problems to evaluate on")
+    if h["eval_only"] and not h["eval_data"]:
+        raise InputError("--eval-only: needs --eval-data, the problems to evaluate on")
+    if h["eval_against"] and not h["eval_only"]:
+        refuse("eval_against", "needs --eval-only, which compares it with --model-name")
     if not 0 < h["top_p"] <= 1:
         refuse("top_p", "must be above 0 and at most 1 (1 = sample from all tokens)")
     if not 0 < h["clip_eps"] < 1:
@@ -465,6 +483,11 @@ class Problem:
     question: str
     answer: str  # the ground truth; a GSM8K solution is reduced to what follows its ####
     source: str  # where it stands, for messages
+
+
+def texts_of(problems: list[Problem]) -> tuple[list[str], list[str]]:
+    """Their questions, and their answers."""
+    return [p.question for p in problems], [p.answer for p in problems]
 
 
 def read_prompts(data: str, flag: str) -> list[Problem]:
@@ -569,6 +592,19 @@ def encode_prompts(
     return encoded
 
 
+def load_skeleton(model_name: str, flag: str, dtype: torch.dtype, max_length: int) -> PreTrainedModel:
+    """The policy without its weights.
+
+    Raises:
+        InputError: It cannot be found, or has fewer positions than `max_length`.
+    """
+    skeleton = models.skeleton(models.resolve(model_name, flag), AutoModelForCausalLM, dtype, f"{flag} {model_name}")
+    positions = getattr(skeleton.config, "max_position_embeddings", max_length)
+    if max_length > positions:
+        raise InputError(f"--max-length {max_length}: must be at most the {positions} positions of {model_name}")
+    return skeleton
+
+
 def plan_memory(
     skeleton: PreTrainedModel,
     prompt_ids: list[list[int]],
@@ -636,11 +672,6 @@ def load_reward_model(choice: RewardModelChoice) -> AceRewardModel | None:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Rollout and score
-
-
-def decode(tokenizer: PreTrainedTokenizerBase, samples: Samples) -> list[str]:
-    """Text of each completion, without special tokens."""
-    return tokenizer.batch_decode(samples.completion_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def warn_of_unread_answers(verifier_metrics: dict[str, float], completions: list[str], method: str) -> None:
@@ -826,37 +857,63 @@ def share_moved(before: list[tuple[torch.Tensor, torch.Tensor]], after: list[tup
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Evaluate and report
+# Evaluate and print
 
 
-def evaluate(
-    policy: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    verifier: MathVerifier,
+def evaluate_only(
+    model_names: dict[str, str],
     problems: list[Problem],
-    prompt_ids: list[list[int]],
+    verifier: MathVerifier,
+    device: torch.device,
+    dtype: torch.dtype,
+    make_run: Callable[[], RunLog],
+    *,
+    n: int,
     batch_size: int,
-    sampling: dict,
-) -> dict[str, float]:
-    """Greedy answers to held-out problems. Draws no random number, so training goes on as if it had not been."""
-    right = tokens = finished = 0
-    for start in range(0, len(problems), batch_size):
-        part = problems[start : start + batch_size]
-        samples = sample(
-            policy, prompt_ids[start : start + batch_size], 1, temperature=0.0, top_p=1.0, generator=None, **sampling
-        )
-        verdicts = verifier.verify_batch([p.question for p in part], decode(tokenizer, samples), [p.answer for p in part])
-        right += sum(v["correct"] for v in verdicts)
-        tokens += sum(map(len, samples.completion_ids))
-        finished += int(samples.finished.sum())
-    n = len(problems)
-    parsed = verifier.metrics()["verifier/extracted_frac"]  # and so begins the step's counts at zero
-    return {
-        "eval/accuracy": right / n,
-        "eval/len_mean": tokens / n,
-        "eval/truncated_frac": 1 - finished / n,
-        "eval/extracted_frac": parsed,
-    }
+    seed: int,
+    max_length: int,
+    max_new_tokens: int | None,
+    temperature: float,
+    top_p: float,
+    system_prompt: str | None,
+) -> Path:
+    """Answer held-out problems with one model, or two, greedily and `n` times at random; print and write how many are right.
+
+    Args:
+        model_names: By the flag that each came from.
+        make_run: Makes the folder; called once both models are known to load.
+
+    Returns:
+        The folder.
+    """
+    ready = []
+    for flag, name in model_names.items():
+        load_skeleton(name, flag, dtype, max_length)
+        tokenizer = models.load_tokenizer(name, flag)
+        ready.append((flag, name, tokenizer, encode_prompts(tokenizer, problems, system_prompt, max_length)))
+    run, evaluated, explore = make_run(), [], dict(temperature=temperature, top_p=top_p)
+    console.start(len(problems) * (1 + n) * len(ready), "completion")
+    for flag, name, tokenizer, prompt_ids in ready:
+        print(f"Evaluating {name}: {len(problems)} questions, greedily and {n} times at temperature {temperature}", flush=True)
+        policy = models.load_policy(name, device, flag).requires_grad_(False)
+        models.MasterWeights(policy, dtype)  # rounds it as training does; there is nothing to train
+        stop_ids = models.stop_token_ids(policy, tokenizer)
+        of_each = partial(
+            answer, policy, tokenizer, verifier, *texts_of(problems), prompt_ids, batch_size=batch_size, progress=console.advance,
+            max_length=max_length, max_new_tokens=max_new_tokens, stop_ids=stop_ids, pad_id=stop_ids[0],
+        )  # fmt: skip
+        console.phase("greedy")
+        greedy = of_each(1, temperature=0.0, top_p=1.0, generator=None)
+        console.phase(f"{n} samples")
+        generator = torch.Generator(device).manual_seed(seed)
+        samples = of_each(n, generator=generator, **explore) if n else None
+        evaluated.append(Evaluated(name, greedy, samples))
+    console.stop()
+    verifier.close()
+    settings = dict(samples_per_question=n, seed=seed, max_length=max_length, max_new_tokens=max_new_tokens) | explore
+    report_evaluation(run.folder, settings, *texts_of(problems), evaluated)
+    print(f"done: see {run.folder}", flush=True)
+    return run.folder
 
 
 def print_rollouts(questions: list[str], answers: list[str], scores: Scores, group_size: int, step: int) -> None:

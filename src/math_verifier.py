@@ -144,9 +144,11 @@ class MathVerifier:
         """
         return self.verify_batch([prompt], [response], [ground_truth])[0]
 
-    def verify_batch(self, prompts: list[str], responses: list[str], ground_truths: list[str]) -> list[dict]:
-        """`verify` for each of three lists of one length, in order."""
-        finals = [final_answer(r, self.method, p) for p, r in zip(prompts, responses, strict=True)]
+    def verify_batch(
+        self, prompts: list[str], responses: list[str], ground_truths: list[str], method: str | None = None
+    ) -> list[dict]:
+        """`verify` for each of three lists of one length, in order; `method` replaces the verifier's own."""
+        finals = [final_answer(r, method or self.method, p) for p, r in zip(prompts, responses, strict=True)]
         truths = [ground_truth_of(t) for t in ground_truths]
         correct: list[bool | None] = [
             _compare(final, truth, prompt) for final, truth, prompt in zip(finals, truths, prompts, strict=True)
