@@ -20,15 +20,16 @@ and take clipped policy-gradient steps on all sampled tokens. Where this departs
 5. The optimizer steps float32 weights; the model computes with them rounded to bfloat16 where the hardware has it.
 """
 
+import functools
 import inspect
 import json
 import math
+import os
+import signal
 import sys
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -40,9 +41,9 @@ from accelerate.utils import set_seed
 from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from src import console, models
-from src.checkpoint import save_checkpoint
-from src.errors import InputError
+from src import console, models, parallel
+from src.checkpoint import Checkpoints, Progress, find_checkpoint, read_progress, save_model, set_aside_later
+from src.errors import InputError, TrainingError
 from src.evaluation import Evaluated, answer, answer_metrics, describe, report_evaluation
 from src.grpo import compute_advantages, kl_estimate, policy_loss, token_weights
 from src.hybrid_reward import (
@@ -59,9 +60,12 @@ from src.hybrid_reward import (
 from src.logprobs import completion_log_probs, micro_batches
 from src.math_verifier import MathVerifier, ground_truth_of
 from src.memory import Plan, check_fits, free_memory, keep_freed_memory, measure
+from src.resume import changes, file_hash, named_flags, read_config, resumable
 from src.reward_model import AceRewardModel, RewardModelChoice, choose_reward_model
+from src.rollout import fit_memory, roll_out
 from src.run_log import RunLog, Scores, choose_folder, completion_metrics, reward_metrics, rollout_rows
 from src.sampler import Samples, decode, sample
+from src.signals import Stopped, StopSignals
 from src.speed import speed_metrics
 
 if TYPE_CHECKING:
@@ -70,6 +74,7 @@ if TYPE_CHECKING:
 # Shapes: Q questions a step, G completions a question, B = Q x G completions, T tokens of the longest sequence.
 
 
+@resumable
 def main(
     # Model
     model_name: str = "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
@@ -93,6 +98,7 @@ def main(
     kl_weight: float = 0.01,
     clip_eps: float = 0.2,
     max_norm: float = 1.0,
+    max_skipped_updates: int = 10,
     advantage_scale: Literal["batch", "group", "none"] = "batch",
     loss_normalizer: Literal["token", "sequence", "constant"] = "token",
     seed: int = 42,
@@ -120,6 +126,8 @@ def main(
     output: str = "output",
     run_name: str | None = None,
     checkpoint_interval: int = 5,
+    keep_checkpoints: int = 3,
+    resume: str | None = None,
     eval_data: str | None = None,
     eval_interval: int = 0,
     eval_only: bool = False,
@@ -154,6 +162,8 @@ def main(
         kl_weight: Weight of the KL divergence to the model as it was loaded; 0 keeps no reference model.
         clip_eps: Half-width of the interval around 1 to which the policy ratio is clipped.
         max_norm: Gradients are scaled down to this norm.
+        max_skipped_updates: Stop, with the state saved, after this many optimizer steps in a row whose loss or gradient was not
+            finite. Each of them is skipped.
         advantage_scale: Divide centred rewards by the std of the batch, of their group (the GRPO paper), or by nothing
             (Dr. GRPO).
         loss_normalizer: What counts the same: each token (DAPO), each completion (the GRPO paper), or each token over a
@@ -183,6 +193,9 @@ def main(
         output: Folder of all runs; git-ignored.
         run_name: Name of this run's folder in output; by default the time of day.
         checkpoint_interval: Steps between checkpoints; there is one at the end as well.
+        keep_checkpoints: Checkpoints to keep, the newest ones; 0 keeps all. The newest two can be resumed from.
+        resume: A run's folder to go on from its newest whole checkpoint, or one step_<k> of it. The other hyperparameters are
+            then the run's own, in its config.json; one that is given as well replaces the run's from there on.
         eval_data: Held-out problems, in the same form as data, answered greedily before the first step and at the end.
         eval_interval: Answer them every so many steps too; 0 = only first and last.
         eval_only: Evaluate model_name on eval_data and end: no training, no reward model.
@@ -191,11 +204,13 @@ def main(
         wandb_project: Weights & Biases project to log to (WANDB_MODE=offline needs no account); by default none.
 
     Returns:
-        The run's folder: config.json, metrics.jsonl, rollouts.jsonl, step_<k>/; with eval_only config.json, evaluation.json and
+        The run's folder: config.json, metrics.jsonl, rollouts.jsonl, step_<k>/; with eval_only evaluation.json and
         evaluation.jsonl.
 
     Raises:
         InputError: A value that cannot work, before any training.
+        Stopped: SIGTERM or Ctrl-C; a KeyboardInterrupt. The run is saved as it was before the step that it broke off.
+        TrainingError: The training cannot go on.
     """
     hyperparameters = dict(locals())
     check_hyperparameters(**hyperparameters)
@@ -211,11 +226,14 @@ def main(
     verifier = MathVerifier(verifier_method)
     check_answers(verifier, problems + eval_problems)
 
-    folder = choose_folder(output, run_name)
-
     accelerator = Accelerator(cpu=device == "cpu", log_with="wandb" if wandb_project else None)
-    if accelerator.num_processes > 1:
-        raise InputError(f"{accelerator.num_processes} processes: training runs in one; start it with python train.py")
+    check_processes(accelerator.num_processes, rollouts_per_step)
+    if not accelerator.is_main_process:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (one process speaks, for as long as the others live)
+    if resume:
+        folder, checkpoint = parallel.from_first(find_checkpoint(Path(resume)) if accelerator.is_main_process else None)
+    else:
+        folder, checkpoint = parallel.from_first(choose_folder(output, run_name) if accelerator.is_main_process else None), None
     set_seed(seed)
     run_device = accelerator.device
     if device not in ("auto", run_device.type):
@@ -229,13 +247,13 @@ def main(
 
     transformers.utils.logging.disable_progress_bar()  # of reading weights; downloads keep theirs
     compute_dtype = models.pick_dtype(run_device, dtype)
-    resolved = {**hyperparameters, "device": str(run_device), "compute_dtype": str(compute_dtype)}
+    resolved = {**hyperparameters, "run_device": str(run_device), "compute_dtype": str(compute_dtype)}
     if eval_only:
-        names = {"--model-name": model_name} | ({"--eval-against": eval_against} if eval_against else {})
         return evaluate_only(
-            names, eval_problems, verifier, run_device, compute_dtype, lambda: RunLog(folder, run_name is None, resolved),
-            n=eval_samples, batch_size=rollouts_per_step * group_size, seed=seed, max_length=max_length,
-            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, system_prompt=system_prompt,
+            folder, resolved, eval_problems, verifier, run_device, compute_dtype,
+            model_name=model_name, eval_against=eval_against, n=eval_samples, batch_size=rollouts_per_step * group_size,
+            seed=seed, max_length=max_length, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
+            system_prompt=system_prompt,
         )  # fmt: skip
 
     # Memory: what it will take, before anything loads
@@ -255,6 +273,7 @@ def main(
     in_its_place = "" if "tinyllama" in model_name.lower() else f" in its place: {model_name}"
     print(f"Loading TinyLlama model...{in_its_place}", flush=True)
     policy = models.load_policy(model_name, run_device)
+    model_fingerprint = models.fingerprint(policy)
     compute = f"computes in {str(compute_dtype).removeprefix('torch.')} on {run_device.type}"
     print(f"policy: {policy.num_parameters() / 1e6:.1f} million weights, trained in float32, {compute}", flush=True)
     adapter = models.add_lora(policy, lora_rank) if lora_rank else None  # lives in the policy's layers
@@ -277,18 +296,42 @@ def main(
     if reward_mode == "rm" and reward_model is None:
         raise InputError("--reward-mode rm: the reward model could not be loaded, see above")
 
-    run = RunLog(folder, run_name is None, resolved)
+    # The run: a new one, or one that goes on from a checkpoint
+    progress = Progress(
+        problems=len(problems), model=model_fingerprint, reward_model=reward_choice.name if reward_model else None
+    )
+    changed = changes(read_config(folder)["hyperparameters"], hyperparameters) if resume else {}
+    if checkpoint:
+        check_resumed(read_progress(checkpoint), progress, changed, resume)
+    config = {
+        "hyperparameters": resolved,
+        "data_sha256": {"data": file_hash(data), "eval_data": file_hash(eval_data)},
+    }
+    run = RunLog(folder, run_name is None, None if resume else config, accelerator.is_main_process)
+    run.folder = parallel.from_first(run.folder)
+    generators = {"order": order_generator, "sample": sample_generator}
+    checkpoints = Checkpoints(run, adapter or policy, tokenizer, master, optimizer, generators, reward_model, keep_checkpoints)
+    warmed_up = False
+    if checkpoint:
+        had, progress = progress.reward_model, checkpoints.load(checkpoint)
+        warmed_up, progress.reward_model = progress.reward_model == had, had
+    if resume:
+        set_aside_later(run, progress.step)
+        run.go_on(progress.step, progress.written, changed, config)
+        print(f"goes on from {checkpoint or 'the beginning: it has no checkpoint yet'}", flush=True)
     if wandb_project:
-        accelerator.init_trackers(wandb_project, hyperparameters, {"wandb": {"name": run.folder.name, "dir": str(run.folder)}})
+        options = {"name": run.folder.name, "dir": str(run.folder), "id": progress.wandb_id, "resume": "allow"}
+        accelerator.init_trackers(wandb_project, hyperparameters, {"wandb": options})
+        progress.wandb_id = accelerator.get_tracker("wandb", unwrap=True).id if accelerator.is_main_process else None
     defaults = {name: p.default for name, p in inspect.signature(main).parameters.items()}
-    changed = ", ".join(f"{name}={value}" for name, value in hyperparameters.items() if value != defaults[name])
-    print(f"settings other than the defaults: {changed or 'none'}; all in {run.folder / 'config.json'}", flush=True)
+    others = ", ".join(f"{name}={value}" for name, value in hyperparameters.items() if value != defaults[name])
+    print(f"settings other than the defaults: {others or 'none'}; all in {run.folder / 'config.json'}", flush=True)
     print(f"found {len(problems)} matching prompts", flush=True)
 
     # Warmup
-    print("Running warmup to determine reward model bounds...", flush=True)
-    min_rm, max_rm = 0.0, 0.0  # with no reward model every score is 0, so r_hat is -alpha or 1 - beta
-    if reward_model is not None:
+    if not warmed_up:
+        print("Running warmup to determine reward model bounds...", flush=True)
+    if reward_model is not None and not warmed_up:
         warmup_generator = torch.Generator(run_device).manual_seed(seed + 1)
         picked = [i % len(problems) for i in range(warmup_samples)]
         warmup = sample(policy, [prompt_ids[i] for i in picked], 1, generator=warmup_generator, **explore, **sampling)
@@ -300,107 +343,140 @@ def main(
         if not len(scores):
             print("warning: the reward model failed on every completion of the warmup; both bounds are 0", flush=True)
         else:
-            min_rm, max_rm = scores.min().item(), scores.max().item()
-    print(f"RM bounds: min={min_rm:.4f}, max={max_rm:.4f}", flush=True)
+            progress.min_rm, progress.max_rm = parallel.from_first((scores.min().item(), scores.max().item()))
+    # With no reward model every score and both bounds are 0, so r_hat is -alpha or 1 - beta.
+    print(f"RM bounds: min={progress.min_rm:.4f}, max={progress.max_rm:.4f}", flush=True)
 
     # Training
-    sigma_bar = RunningMean()
     steps_per_epoch = len(problems) // rollouts_per_step
     total_steps = min(epochs * steps_per_epoch, max_steps or math.inf)
+    if total_steps < progress.step:
+        raise InputError(
+            f"--resume {resume}: the run has done {progress.step} steps and is to have {total_steps}; raise --max-steps"
+        )
     print(f"training for {total_steps} steps of {rollouts_per_step} x {group_size} completions", flush=True)
     if max_steps and total_steps < max_steps:
         print(f"that is less than --max-steps {max_steps}: --epochs {epochs} x {steps_per_epoch} steps come first", flush=True)
-    order: list[int] = []
-    accuracies: list[float] = []
+    at_once = rollouts_per_step * group_size  # completions, as far as memory allows
+    before = checkpoints.snapshot(progress)  # what a step that is broken off goes back to
+    stop = StopSignals()
     started = time.perf_counter()
-    for step in range(total_steps + 1):
-        metrics: dict[str, float] = {}
+    try:
+        for step in range(progress.step, total_steps + 1):
+            stop.begin_step()
+            metrics: dict[str, float] = {}
 
-        # Held-out accuracy of the policy after `step` steps: before the first, every interval, after the last.
-        if eval_problems and (step in (0, total_steps) or (eval_interval and step % eval_interval == 0)):
-            answered = answer(
-                policy, tokenizer, verifier, *texts_of(eval_problems), eval_prompt_ids, 1, rollouts_per_step * group_size,
-                temperature=0.0, top_p=1.0, generator=None, **sampling,
+            # Held-out accuracy of the policy after `step` steps: before the first, every interval, after the last.
+            if eval_problems and (step in (0, total_steps) or (eval_interval and step % eval_interval == 0)):
+                answered = answer(
+                    policy, tokenizer, verifier, *texts_of(eval_problems), eval_prompt_ids, 1, rollouts_per_step * group_size,
+                    temperature=0.0, top_p=1.0, generator=None, **sampling,
+                )  # fmt: skip
+                metrics |= answer_metrics(answered, verifier_method)
+                progress.accuracies.append(metrics["eval/accuracy"])
+                print(f"held-out accuracy after {step} steps: {describe(metrics)} of {len(eval_problems)}, greedy", flush=True)
+            if step == total_steps:
+                stop.finish_step()
+                if metrics:
+                    run.metrics(step, metrics)
+                    accelerator.log(metrics, step=step)
+                break
+
+            step_started = time.perf_counter()
+            # Which questions: a reshuffled pass over the problems; what does not fill a step waits for another epoch.
+            if len(progress.order) < rollouts_per_step:
+                progress.order = torch.randperm(len(problems), generator=order_generator).tolist()
+            chosen, progress.order = progress.order[:rollouts_per_step], progress.order[rollouts_per_step:]
+            questions = [problems[i].question for i in chosen for _ in range(group_size)]  # B
+            answers = [problems[i].answer for i in chosen for _ in range(group_size)]  # B
+
+            # Rollout: G completions for each of Q questions, with the log-prob of every sampled token.
+            phase_started = time.perf_counter()
+            prompts = [prompt_ids[i] for i in chosen]
+            samples, at_once = roll_out(policy, prompts, group_size, at_once, generator=sample_generator, **explore, **sampling)
+            completions = decode(tokenizer, samples)
+            rollout_s = time.perf_counter() - phase_started
+
+            # Score: verdict and reward-model score -> r_hat -> weighted reward; (B,) each.
+            phase_started = time.perf_counter()
+            scores = score(
+                verifier, reward_model, questions, answers, completions, group_size,
+                min_rm=progress.min_rm, max_rm=progress.max_rm, rm_bounds=rm_bounds, alpha=alpha, beta=beta, eps=eps,
+                reward_mode=reward_mode, reward_scorer=reward_scorer, w_min=w_min, w_max=w_max, k=k,
+                sigma_bar=progress.sigma_bar,
             )  # fmt: skip
-            metrics |= answer_metrics(answered, verifier_method)
-            accuracies.append(metrics["eval/accuracy"])
-            print(f"held-out accuracy after {step} steps: {describe(metrics)} of {len(eval_problems)}, greedy", flush=True)
-        if step == total_steps:
-            if metrics:
-                run.metrics(step, metrics)
-                accelerator.log(metrics, step=step)
-            break
+            advantages = compute_advantages(scores.rewards, group_size, advantage_scale)  # (B,)
+            score_s = time.perf_counter() - phase_started
+            verifier_metrics = verifier.metrics()
+            if step == 0 and reward_model is None:  # there was no warmup to see it in
+                warn_of_unread_answers(verifier_metrics, completions, verifier_method)
+            print_rollouts(questions, answers, scores, group_size, step)
 
-        step_started = time.perf_counter()
-        # Which questions: a reshuffled pass over the problems; what does not fill a step waits for another epoch.
-        if len(order) < rollouts_per_step:
-            order = torch.randperm(len(problems), generator=order_generator).tolist()
-        chosen, order = order[:rollouts_per_step], order[rollouts_per_step:]
-        questions = [problems[i].question for i in chosen for _ in range(group_size)]  # B
-        answers = [problems[i].answer for i in chosen for _ in range(group_size)]  # B
+            # Update: clipped policy-gradient steps over minibatches of train_batch_size completions.
+            stop.finish_step()
+            phase_started = time.perf_counter()
+            step_lr = lr if lr_schedule == "constant" else lr * (1 - step / total_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = step_lr
+            metrics |= update(
+                policy, reference, adapter, master, optimizer, samples, advantages.to(run_device), group_size, order_generator,
+                train_batch_size=train_batch_size, micro_batch_size=micro_batch_size, epochs_per_step=epochs_per_step,
+                temperature=temperature, kl_weight=kl_weight, clip_eps=clip_eps, max_norm=max_norm,
+                loss_normalizer=loss_normalizer, max_completion_length=max_new_tokens or max_length,
+            )  # fmt: skip
+            update_s = time.perf_counter() - phase_started
+            micro_batch_size = int(metrics["policy/micro_batch_size"])  # lower where memory ran out
+            worked = metrics["policy/updates"] or not metrics["policy/skipped_updates"]
+            progress.skipped_in_a_row = 0 if worked else progress.skipped_in_a_row + int(metrics["policy/skipped_updates"])
 
-        # Rollout: G completions for each of Q questions, with the log-prob of every sampled token.
-        phase_started = time.perf_counter()
-        samples = sample(policy, [prompt_ids[i] for i in chosen], group_size, generator=sample_generator, **explore, **sampling)
-        completions = decode(tokenizer, samples)
-        rollout_s = time.perf_counter() - phase_started
-
-        # Score: verdict and reward-model score -> r_hat -> weighted reward; (B,) each.
-        phase_started = time.perf_counter()
-        scores = score(
-            verifier, reward_model, questions, answers, completions, group_size,
-            min_rm=min_rm, max_rm=max_rm, rm_bounds=rm_bounds, alpha=alpha, beta=beta, eps=eps,
-            reward_mode=reward_mode, reward_scorer=reward_scorer, w_min=w_min, w_max=w_max, k=k, sigma_bar=sigma_bar,
-        )  # fmt: skip
-        advantages = compute_advantages(scores.rewards, group_size, advantage_scale)  # (B,)
-        score_s = time.perf_counter() - phase_started
-        verifier_metrics = verifier.metrics()
-        if step == 0 and reward_model is None:  # there was no warmup to see it in
-            warn_of_unread_answers(verifier_metrics, completions, verifier_method)
-        print_rollouts(questions, answers, scores, group_size, step)
-
-        # Update: clipped policy-gradient steps over minibatches of train_batch_size completions.
-        phase_started = time.perf_counter()
-        step_lr = lr if lr_schedule == "constant" else lr * (1 - step / total_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = step_lr
-        metrics |= update(
-            policy, reference, adapter, master, optimizer, samples, advantages.to(run_device), group_size, order_generator,
-            train_batch_size=train_batch_size, micro_batch_size=micro_batch_size, epochs_per_step=epochs_per_step,
-            temperature=temperature, kl_weight=kl_weight, clip_eps=clip_eps, max_norm=max_norm,
-            loss_normalizer=loss_normalizer, max_completion_length=max_new_tokens or max_length,
-        )  # fmt: skip
-        update_s = time.perf_counter() - phase_started
-
-        # Report and save
-        metrics |= reward_metrics(scores, advantages, group_size) | completion_metrics(samples, scores)
-        metrics["reward/rm_failed"] = float(reward_model.failed if reward_model else 0)
-        metrics["reward/rm_truncated"] = float(reward_model.truncated if reward_model else 0)
-        metrics |= verifier_metrics | {"reward/sigma_bar": sigma_bar.mean, "optim/lr": step_lr}
-        metrics |= {"time/rollout_s": rollout_s, "time/score_s": score_s, "time/update_s": update_s}
-        metrics["time/step_s"] = time.perf_counter() - step_started
-        metrics |= speed_metrics(policy, samples, group_size, epochs_per_step, reference is not None, metrics)
-        run.metrics(step, metrics)
-        run.rollouts(rollout_rows(step, questions, answers, completions, samples, scores, advantages))
-        accelerator.log(metrics, step=step)
-        print(
-            f"{step}: kl={metrics['policy/kl']:.4f}, grad_norm={metrics['policy/grad_norm']:.4f}, "
-            f"right={100 * metrics['reward/rule_mean']:.0f}%, tokens={metrics['completion/len_mean']:.0f}, "
-            f"truncated={100 * metrics['completion/truncated_frac']:.0f}%, {metrics['time/step_s']:.1f} s, "
-            f"{metrics['time/tokens_per_s']:.0f} tokens/s (step {step + 1} of {total_steps})",
-            flush=True,
-        )
-        if (step + 1) % checkpoint_interval == 0 or step + 1 == total_steps:
-            checkpoint = save_checkpoint(run.folder, f"step_{step + 1}", adapter or policy, tokenizer)
-            print(f"saved {checkpoint}", flush=True)
-
-    if adapter:
-        master.restore(policy)
-        print(f"saved {save_checkpoint(run.folder, 'merged', adapter.merge_and_unload(), tokenizer)}", flush=True)
-    accelerator.end_training()
-    verifier.close()
+            # Report and save
+            metrics |= reward_metrics(scores, advantages, group_size) | completion_metrics(samples, scores)
+            metrics["reward/rm_failed"] = float(reward_model.failed if reward_model else 0)
+            metrics["reward/rm_truncated"] = float(reward_model.truncated if reward_model else 0)
+            metrics |= verifier_metrics | {"reward/sigma_bar": progress.sigma_bar.mean, "optim/lr": step_lr}
+            metrics |= {"time/rollout_s": rollout_s, "time/score_s": score_s, "time/update_s": update_s}
+            metrics["time/step_s"] = time.perf_counter() - step_started
+            metrics |= speed_metrics(policy, samples, group_size, epochs_per_step, reference is not None, metrics)
+            run.metrics(step, metrics)
+            run.rollouts(rollout_rows(step, questions, answers, completions, samples, scores, advantages))
+            accelerator.log(metrics, step=step)
+            print(
+                f"{step}: kl={metrics['policy/kl']:.4f}, grad_norm={metrics['policy/grad_norm']:.4f}, "
+                f"right={100 * metrics['reward/rule_mean']:.0f}%, tokens={metrics['completion/len_mean']:.0f}, "
+                f"truncated={100 * metrics['completion/truncated_frac']:.0f}%, {metrics['time/step_s']:.1f} s, "
+                f"{metrics['time/tokens_per_s']:.0f} tokens/s (step {step + 1} of {total_steps})",
+                flush=True,
+            )
+            progress.step = step + 1
+            before = checkpoints.snapshot(progress)
+            give_up = progress.skipped_in_a_row >= max_skipped_updates
+            if progress.step % checkpoint_interval == 0 or progress.step == total_steps or give_up:
+                saved = checkpoints.save(before)
+                if saved:
+                    print(f"saved {saved}", flush=True)
+            if give_up:
+                raise TrainingError(
+                    f"{progress.skipped_in_a_row} optimizer steps in a row had a loss or gradient that is not finite; none was "
+                    f"taken. Go on with --resume {run.folder} and a lower --lr, or with --dtype float32"
+                )
+        if adapter and accelerator.is_main_process:
+            master.restore(policy)
+            print(f"saved {save_model(run.folder / 'merged', adapter.merge_and_unload(), tokenizer)}", flush=True)
+        if accelerator.is_main_process and not checkpoints.has(total_steps):
+            raise TrainingError(f"the last step is not saved; make room, then go on from {run.folder} with --resume")
+    except Stopped:
+        print(f"stopped after {before.step} steps; go on with --resume {run.folder}", flush=True)
+        if not checkpoints.has(before.step):
+            checkpoints.save(before)
+        raise
+    finally:
+        stop.close()
+        verifier.close()
+        run.close()
+        accelerator.end_training()
     minutes = (time.perf_counter() - started) / 60
-    change = f"; held-out accuracy {100 * accuracies[0]:.1f} % -> {100 * accuracies[-1]:.1f} %" if accuracies else ""
+    accuracies = [f"{100 * accuracy:.1f} %" for accuracy in progress.accuracies]
+    change = f"; held-out accuracy {accuracies[0]} -> {accuracies[-1]}" if accuracies else ""
     print(f"done: {total_steps} steps in {minutes:.1f} minutes on {run_device.type}{change}; see {run.folder}", flush=True)
     return run.folder
 
@@ -417,7 +493,8 @@ def check_hyperparameters(**h) -> None:
 
     at_least = dict(
         epochs=1, train_batch_size=1, micro_batch_size=1, epochs_per_step=1, rollouts_per_step=1, max_length=2,
-        warmup_samples=1, checkpoint_interval=1, eval_interval=0, eval_samples=0, seed=0, lora_rank=0,
+        warmup_samples=1, checkpoint_interval=1, keep_checkpoints=0, eval_interval=0, eval_samples=0, seed=0, lora_rank=0,
+        max_skipped_updates=1,
     )  # fmt: skip
     for name, least in at_least.items():
         if h[name] < least:
@@ -440,6 +517,8 @@ def check_hyperparameters(**h) -> None:
         refuse("eval_interval", "needs --eval-data, the problems to evaluate on")
     if h["eval_only"] and not h["eval_data"]:
         raise InputError("--eval-only: needs --eval-data, the problems to evaluate on")
+    if h["eval_only"] and h["resume"]:
+        refuse("resume", "does not go with --eval-only; name the checkpoint to evaluate with --model-name")
     if h["eval_against"] and not h["eval_only"]:
         refuse("eval_against", "needs --eval-only, which compares it with --model-name")
     if not 0 < h["top_p"] <= 1:
@@ -465,6 +544,42 @@ def check_hyperparameters(**h) -> None:
         )
     if h["wandb_project"]:
         check_wandb()
+
+
+def check_processes(processes: int, rollouts_per_step: int) -> None:
+    """Refuse a number of processes among which the questions of a step cannot be shared out evenly.
+
+    Raises:
+        InputError: It is such a number.
+    """
+    if rollouts_per_step % processes:
+        raise InputError(
+            f"--rollouts-per-step {rollouts_per_step}: must be a multiple of the {processes} processes; each samples whole groups"
+        )
+
+
+def check_resumed(had: Progress, has: Progress, changed: dict[str, list], resume: str) -> None:
+    """Refuse to go on with other models or problems than before, unless they are named anew.
+
+    Args:
+        had: From the checkpoint.
+        has: As the run would begin now.
+        changed: Hyperparameters that are not as before.
+
+    Raises:
+        InputError: Something differs.
+    """
+    if had.model != has.model and "model_name" not in changed:
+        raise InputError(f"--resume {resume}: the model has changed since the run began; put the old one back")
+    if had.problems != has.problems and "data" not in changed:
+        raise InputError(
+            f"--resume {resume}: the data has {has.problems} problems and had {had.problems}; name it again with --data"
+        )
+    if had.reward_model != has.reward_model and not {"reward_model_name", "reward_mode"} & set(changed):
+        raise InputError(
+            f"--resume {resume}: the run had the reward model {had.reward_model or 'none'} and would go on with "
+            f"{has.reward_model or 'none'}; see above why, or name another with --reward-model-name"
+        )
 
 
 def check_wandb() -> None:
@@ -709,13 +824,17 @@ def score(
     """Judge and score B completions; takes this step's sigma_u into `sigma_bar`, then weights by it.
 
     sigma_u is the std (n - 1) of the group's scores after they are held within the bounds, in units of the reward model.
-    A completion that the reward model fails on gets a neutral score, halfway between the bounds.
+    A completion that the reward model fails on gets a neutral score, halfway between the bounds. One that the verifier fails on
+    gets the mean reward of its group, and so no advantage. Several processes judge and score the completions of a part of the
+    questions each.
     """
-    verdicts = verifier.verify_batch(questions, completions, answers)
+    groups = parallel.share(len(completions) // group_size)
+    mine = slice(groups.start * group_size, groups.stop * group_size)
+    verdicts = parallel.gather(verifier.verify_batch(questions[mine], completions[mine], answers[mine]))
     rule_rewards = torch.tensor([float(v["correct"]) for v in verdicts])
     rm_scores = torch.zeros(len(completions))
     if reward_model is not None:
-        rm_scores = reward_model.score_texts(questions, completions)  # nan where it failed
+        rm_scores = torch.tensor(parallel.gather(reward_model.score_texts(questions[mine], completions[mine]).tolist()))
     if rm_bounds == "warmup":
         low, high = torch.full_like(rm_scores, min_rm), torch.full_like(rm_scores, max_rm)
     else:
@@ -737,7 +856,18 @@ def score(
     else:
         weights = tanh_weight(r_hat, w_min, w_max)
         rewards = get_our_final_reward(r_hat, sigma_bar.mean, sigma_u, w_min, w_max, k)
+    judged = torch.tensor(["error" not in v for v in verdicts])
+    rewards = neutral_where_unjudged(rewards, judged, group_size)
     return Scores(verdicts, rule_rewards, rm_scores, rm_clamped, n, sigma_u, r_hat, weights, rewards)
+
+
+def neutral_where_unjudged(rewards: torch.Tensor, judged: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Rewards (B,) in which a completion without a verdict has the mean of the others of its group; 0 where there is no other."""
+    if judged.all():
+        return rewards
+    groups, judged = rewards.view(-1, group_size), judged.view(-1, group_size)  # (Q, G)
+    mean = (groups * judged).sum(dim=1, keepdim=True) / judged.sum(dim=1, keepdim=True).clamp(min=1)
+    return torch.where(judged, groups, mean).flatten()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -770,44 +900,39 @@ def update(
     Questions are shuffled, their completions stay side by side, and each `train_batch_size` of them make one optimizer
     step. Where there is no KL term, completions without an advantage have no gradient and cost no compute.
 
+    Where memory runs out, the optimizer step is computed again with half of `micro_batch_size`. Where its loss or gradient is
+    not finite it is left out, and the weights stay as they are. Several processes compute a part of each optimizer step each.
+
     Returns:
         The policy/... metrics, means over all tokens of the step, and time/reference_s, a part of the update's.
     """
     ref_log_probs, started = None, time.perf_counter()
     if reference is not None:
         with adapter.disable_adapter() if adapter else nullcontext():
-            ref_log_probs = reference_log_probs(reference, samples, group_size, micro_batch_size, temperature)
+            ref_log_probs, micro_batch_size = fit_memory(
+                lambda size: reference_log_probs(reference, samples, group_size, size, temperature), micro_batch_size
+            )
     reference_s = time.perf_counter() - started
-    totals = dict.fromkeys(("loss", "kl", "clipped", "tokens", "gap", "gap_tokens"), 0.0)
-    grad_norms, moved = [], 0.0
+    totals = dict.fromkeys(("loss", "kl", "clipped", "gap", "gap_tokens"), 0.0)
+    tokens, grad_norms, moved, failed = 0, [], 0.0, set()
     for _ in range(epochs_per_step):
         questions = torch.randperm(len(advantages) // group_size, generator=generator)
         order = (questions[:, None] * group_size + torch.arange(group_size)).flatten()  # (B,)
         for batch in order.split(train_batch_size):
             weights = torch.zeros_like(samples.log_probs)  # (B, T-1)
             weights[batch] = token_weights(samples.action_mask[batch], loss_normalizer, max_completion_length)
-            totals["tokens"] += samples.action_mask[batch].sum().item()
+            tokens += int(samples.action_mask[batch].sum())
             if kl_weight == 0:
                 batch = batch[(advantages[batch] != 0).cpu()]
             if len(batch) == 0:
                 continue
-            for part in micro_batches(policy, samples.attention_mask, samples.action_mask, batch, group_size, micro_batch_size):
-                rows, n = part.rows, part.width
-                mask, old = samples.action_mask[rows, :n], samples.log_probs[rows, :n]  # (b, t-1)
-                log_probs = completion_log_probs(policy, samples.sequence_ids, samples.action_mask, part, temperature)  # (b, t-1)
-                losses, clipped = policy_loss(log_probs, old, advantages[rows], mask, clip_eps)
-                if ref_log_probs is not None:
-                    kl = torch.where(mask, kl_estimate(log_probs, ref_log_probs[rows, :n]), 0.0)
-                    losses = losses + kl_weight * kl
-                    totals["kl"] += kl.sum().item()
-                loss = (losses * weights[rows, :n]).sum()
-                loss.backward()
-                master.accumulate_gradients()
-                totals["loss"] += loss.item()
-                totals["clipped"] += clipped.sum().item()
-                if not grad_norms:  # before the first optimizer step: sampler and trainer have the same weights
-                    totals["gap"] += torch.where(mask, log_probs.detach() - old, 0.0).abs().sum().item()
-                    totals["gap_tokens"] += mask.sum().item()
+            mine = batch[parallel.share(len(batch))]
+            compute = functools.partial(
+                accumulate_gradients, policy, master, samples, ref_log_probs, advantages, weights, mine, group_size,
+                temperature, kl_weight, clip_eps,
+            )  # fmt: skip
+            (sums, not_finite), micro_batch_size = fit_memory(compute, micro_batch_size)
+            parallel.sum_gradients(master.parameters)
             grad_norm = torch.nn.utils.clip_grad_norm_(master.parameters, max_norm)
             grad_norms.append(grad_norm.item())
             if math.isfinite(grad_norms[-1]):
@@ -815,17 +940,28 @@ def update(
                 optimizer.step()
                 master.write_back()
                 moved = moved if before is None else share_moved(before, master.sample_values())
+                for name in sums:  # before the first optimizer step sampler and trainer have the same weights, later no longer
+                    totals[name] += sums[name] if before is not None or not name.startswith("gap") else 0.0
+            else:
+                failed |= set(parallel.gather(not_finite)) or set(batch.tolist())
             master.release_gradients()
     finite = [g for g in grad_norms if math.isfinite(g)]
-    if len(finite) < len(grad_norms):
-        print(f"warning: the gradient of {len(grad_norms) - len(finite)} updates was not finite; they were skipped", flush=True)
+    if failed:
+        which = ", ".join(map(str, sorted(failed)))
+        print(
+            f"warning: loss or gradient of {len(grad_norms) - len(finite)} updates was not finite; they are skipped. They had "
+            f"the step's completions {which} (0 is its first in rollouts.jsonl)",
+            flush=True,
+        )
+    totals = parallel.sum_values(totals)
     return {
-        "policy/loss": totals["loss"] / max(len(grad_norms), 1),
-        "policy/kl": totals["kl"] / max(totals["tokens"], 1.0),
-        "policy/clip_frac": totals["clipped"] / max(totals["tokens"], 1.0),
+        "policy/loss": totals["loss"] / max(len(finite), 1),
+        "policy/kl": totals["kl"] / max(tokens, 1),
+        "policy/clip_frac": totals["clipped"] / max(tokens, 1),
         "policy/grad_norm": sum(finite) / max(len(finite), 1),
         "policy/updates": float(len(finite)),
         "policy/skipped_updates": float(len(grad_norms) - len(finite)),
+        "policy/micro_batch_size": float(micro_batch_size),
         "policy/moved_frac": moved,
         "policy/sampler_gap": totals["gap"] / max(totals["gap_tokens"], 1.0),
         # At top_p 1, -log p of a sampled token is an unbiased estimate of the entropy of its distribution.
@@ -834,17 +970,64 @@ def update(
     }
 
 
+def accumulate_gradients(
+    policy: PreTrainedModel,
+    master: models.MasterWeights,
+    samples: Samples,
+    ref_log_probs: torch.Tensor | None,
+    advantages: torch.Tensor,
+    weights: torch.Tensor,
+    rows: torch.Tensor,
+    group_size: int,
+    temperature: float,
+    kl_weight: float,
+    clip_eps: float,
+    micro_batch_size: int,
+) -> tuple[dict[str, float], list[int]]:
+    """Put the gradient of the loss of some completions into the master weights, in passes of `micro_batch_size`.
+
+    Args:
+        weights: (B, T-1), of each token in the loss.
+        rows: (n,), of the batch of B.
+
+    Returns:
+        Sums over their tokens for the metrics, and the rows whose loss is not finite.
+    """
+    sums = dict.fromkeys(("loss", "kl", "clipped", "gap", "gap_tokens"), 0.0)
+    not_finite: list[int] = []
+    master.release_gradients()  # of an attempt for which there was no memory
+    for part in micro_batches(policy, samples.attention_mask, samples.action_mask, rows, group_size, micro_batch_size):
+        at, n = part.rows, part.width
+        mask, old = samples.action_mask[at, :n], samples.log_probs[at, :n]  # (b, t-1)
+        log_probs = completion_log_probs(policy, samples.sequence_ids, samples.action_mask, part, temperature)  # (b, t-1)
+        losses, clipped = policy_loss(log_probs, old, advantages[at], mask, clip_eps)
+        if ref_log_probs is not None:
+            kl = torch.where(mask, kl_estimate(log_probs, ref_log_probs[at, :n]), 0.0)
+            losses = losses + kl_weight * kl
+            sums["kl"] += kl.sum().item()
+        loss = (losses * weights[at, :n]).sum()
+        loss.backward()
+        master.accumulate_gradients()
+        sums["loss"] += loss.item()
+        sums["clipped"] += clipped.sum().item()
+        sums["gap"] += torch.where(mask, log_probs.detach() - old, 0.0).abs().sum().item()
+        sums["gap_tokens"] += mask.sum().item()
+        if not math.isfinite(loss.item()):
+            not_finite += at[(~losses.isfinite()).any(dim=1).cpu()].tolist()
+    return sums, not_finite
+
+
 @torch.no_grad()
 def reference_log_probs(
     reference: PreTrainedModel, samples: Samples, group_size: int, micro_batch_size: int, temperature: float
 ) -> torch.Tensor:
     """Log-probs (B, T-1) of the samples under the frozen reference, in larger passes: nothing is kept for a gradient."""
     log_probs = torch.zeros_like(samples.log_probs)
-    every, size = torch.arange(len(log_probs)), 4 * micro_batch_size
-    for part in micro_batches(reference, samples.attention_mask, samples.action_mask, every, group_size, size):
+    mine = torch.arange(len(log_probs)).view(-1, group_size)[parallel.share(len(log_probs) // group_size)].flatten()
+    for part in micro_batches(reference, samples.attention_mask, samples.action_mask, mine, group_size, 4 * micro_batch_size):
         of_part = completion_log_probs(reference, samples.sequence_ids, samples.action_mask, part, temperature)
         log_probs[part.rows, : part.width] = of_part
-    return log_probs
+    return parallel.add_up(log_probs)
 
 
 def share_moved(before: list[tuple[torch.Tensor, torch.Tensor]], after: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
@@ -861,13 +1044,15 @@ def share_moved(before: list[tuple[torch.Tensor, torch.Tensor]], after: list[tup
 
 
 def evaluate_only(
-    model_names: dict[str, str],
+    folder: Path,
+    settings: dict,
     problems: list[Problem],
     verifier: MathVerifier,
     device: torch.device,
     dtype: torch.dtype,
-    make_run: Callable[[], RunLog],
     *,
+    model_name: str,
+    eval_against: str | None,
     n: int,
     batch_size: int,
     seed: int,
@@ -880,25 +1065,25 @@ def evaluate_only(
     """Answer held-out problems with one model, or two, greedily and `n` times at random; print and write how many are right.
 
     Args:
-        model_names: By the flag that each came from.
-        make_run: Makes the folder; called once both models are known to load.
+        folder: From `choose_folder`; made here.
+        settings: The resolved hyperparameters, for evaluation.json.
 
     Returns:
         The folder.
     """
     ready = []
-    for flag, name in model_names.items():
+    for flag, name in (("--model-name", model_name), ("--eval-against", eval_against))[: 2 if eval_against else 1]:
         load_skeleton(name, flag, dtype, max_length)
         tokenizer = models.load_tokenizer(name, flag)
         ready.append((flag, name, tokenizer, encode_prompts(tokenizer, problems, system_prompt, max_length)))
-    run, evaluated, explore = make_run(), [], dict(temperature=temperature, top_p=top_p)
+    evaluated, explore = [], dict(temperature=temperature, top_p=top_p)
     console.start(len(problems) * (1 + n) * len(ready), "completion")
     for flag, name, tokenizer, prompt_ids in ready:
         print(f"Evaluating {name}: {len(problems)} questions, greedily and {n} times at temperature {temperature}", flush=True)
         policy = models.load_policy(name, device, flag).requires_grad_(False)
         models.MasterWeights(policy, dtype)  # rounds it as training does; there is nothing to train
         stop_ids = models.stop_token_ids(policy, tokenizer)
-        of_each = partial(
+        of_each = functools.partial(
             answer, policy, tokenizer, verifier, *texts_of(problems), prompt_ids, batch_size=batch_size, progress=console.advance,
             max_length=max_length, max_new_tokens=max_new_tokens, stop_ids=stop_ids, pad_id=stop_ids[0],
         )  # fmt: skip
@@ -910,10 +1095,10 @@ def evaluate_only(
         evaluated.append(Evaluated(name, greedy, samples))
     console.stop()
     verifier.close()
-    settings = dict(samples_per_question=n, seed=seed, max_length=max_length, max_new_tokens=max_new_tokens) | explore
-    report_evaluation(run.folder, settings, *texts_of(problems), evaluated)
-    print(f"done: see {run.folder}", flush=True)
-    return run.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    report_evaluation(folder, settings, *texts_of(problems), evaluated)
+    print(f"done: see {folder}", flush=True)
+    return folder
 
 
 def print_rollouts(questions: list[str], answers: list[str], scores: Scores, group_size: int, step: int) -> None:
@@ -929,14 +1114,22 @@ def print_rollouts(questions: list[str], answers: list[str], scores: Scores, gro
 
 
 def cli() -> None:
-    """main() as a command line: the parameters are the flags, and what the user can mend is said without a stack trace."""
+    """main() as a command line: the parameters are the flags, and what the user can mend is said without a stack trace.
+
+    Exits with status 2 where input cannot work, 1 where training cannot go on, 130 after Ctrl-C and 143 after SIGTERM.
+    """
+    signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))  # before training, where nothing is to be saved
+    settings = tyro.cli(functools.wraps(main)(lambda **settings: settings))
+    defaults = {name: p.default for name, p in inspect.signature(main).parameters.items()}
+    named = named_flags(main, sys.argv[1:])
     try:
-        tyro.cli(main)
-    except InputError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("\ninterrupted; the checkpoints written so far are whole", file=sys.stderr)
-        sys.exit(130)
+        main(**{name: value for name, value in settings.items() if name in named or value != defaults[name]})
+    except (InputError, TrainingError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, InputError) else 1)
+    except KeyboardInterrupt as interrupt:
+        print("interrupted; the checkpoints written so far are whole", file=sys.stderr)
+        sys.exit(interrupt.exit_status if isinstance(interrupt, Stopped) else 130)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from src import console
 from src.math_verifier import MathVerifier
+from src.run_log import environment
 from src.sampler import decode, sample
 
 METHODS = {"lenient": "flexible", "strict": "strict"}  # name of the figure: method of the verifier
@@ -282,10 +283,10 @@ def report_evaluation(folder: Path, settings: dict, questions: list[str], answer
 
     Args:
         folder: Of the run.
-        settings: That the figures depend on, for evaluation.json.
+        settings: The resolved hyperparameters, for evaluation.json.
         evaluated: The policy, and the one that it is compared with if there is one.
     """
-    result = settings | {"questions": len(questions), **evaluated[0].summary()}
+    result = {"questions": len(questions), **evaluated[0].summary()}
     if len(evaluated) == 1:
         by_method = [figures(evaluated[0].values(method)) for method in METHODS]
         rows = [[_label(name, evaluated[0]), *(_share(of_method[name]) for of_method in by_method)] for name in by_method[0]]
@@ -305,6 +306,7 @@ def report_evaluation(folder: Path, settings: dict, questions: list[str], answer
                 **flips,
             }
             _print_comparison(method, evaluated, compared, flips)
+    result |= {"hyperparameters": settings, **environment()}
     (folder / "evaluation.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     with (folder / "evaluation.jsonl").open("w", encoding="utf-8") as file:
         for one in evaluated:

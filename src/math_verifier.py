@@ -38,6 +38,7 @@ class VerifierCounts:
     fast: int = 0  # answers that were settled without Math-Verify
     symbolic: int = 0  # answers that it settled
     timeouts: int = 0  # answers on which it broke a limit, or that the batch's time did not reach; they count as wrong
+    errors: int = 0  # completions on which the verifier itself failed
 
 
 def ground_truth_of(answer: str) -> str:
@@ -147,8 +148,22 @@ class MathVerifier:
     def verify_batch(
         self, prompts: list[str], responses: list[str], ground_truths: list[str], method: str | None = None
     ) -> list[dict]:
-        """`verify` for each of three lists of one length, in order; `method` replaces the verifier's own."""
-        finals = [final_answer(r, method or self.method, p) for p, r in zip(prompts, responses, strict=True)]
+        """`verify` for each of three lists of one length, in order; where judging fails, the dict has an "error" besides.
+
+        `method` replaces the verifier's own.
+        """
+        items = list(zip(prompts, responses, ground_truths, strict=True))
+        try:
+            return self._verify_batch(prompts, responses, ground_truths, method or self.method)
+        except Exception as error:  # a completion can be any text: none may stop a run
+            if len(items) > 1:
+                return [self.verify_batch([p], [r], [t], method)[0] for p, r, t in items]
+            with self._lock:
+                self.counts.errors += 1
+            return [{"correct": False, "reward": 0.0, "parsed_answer": None, "error": f"{type(error).__name__}: {error}"}]
+
+    def _verify_batch(self, prompts: list[str], responses: list[str], ground_truths: list[str], method: str) -> list[dict]:
+        finals = [final_answer(r, method, p) for p, r in zip(prompts, responses, strict=True)]
         truths = [ground_truth_of(t) for t in ground_truths]
         correct: list[bool | None] = [
             _compare(final, truth, prompt) for final, truth, prompt in zip(finals, truths, prompts, strict=True)
@@ -203,6 +218,7 @@ class MathVerifier:
             "verifier/symbolic": float(counts.symbolic),
             "verifier/timeouts": float(counts.timeouts),
             "verifier/restarts": float(restarts),
+            "verifier/errors": float(counts.errors),
             "verifier/extracted_frac": counts.extracted / max(counts.judged, 1),
         }
 

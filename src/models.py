@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
 import importlib.metadata
 import importlib.util
 import tempfile
@@ -296,6 +297,16 @@ def _checkpointed(forward: Callable, *args, **kwargs):
     return torch.utils.checkpoint.checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
+@torch.no_grad()
+def fingerprint(model: PreTrainedModel) -> str:
+    """A hash by which a model is known again: names, shapes and 256 evenly spaced values of every parameter."""
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        values = weight.flatten()[:: max(1, weight.numel() // 256)].float().cpu().numpy()
+        digest.update(f"{name} {tuple(weight.shape)}".encode() + values.tobytes())
+    return digest.hexdigest()
+
+
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     """The reference: a copy of the policy as it is now that takes no gradient."""
     return copy.deepcopy(model).requires_grad_(False).eval()
@@ -315,7 +326,8 @@ class MasterWeights:
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype):
         assert all(p.dtype == torch.float32 for p in model.parameters())
         self.separate = dtype != torch.float32
-        self.weights = [w for w in model.parameters() if w.requires_grad]
+        trained = {name: w for name, w in model.named_parameters() if w.requires_grad}
+        self.names, self.weights = list(trained), list(trained.values())
         self.parameters = self.weights
         if self.separate:
             self.parameters = [torch.nn.Parameter(w.detach().clone()) for w in self.weights]

@@ -1,5 +1,7 @@
 """What a run leaves on disk: config.json, metrics.jsonl, rollouts.jsonl, and how their lines are made."""
 
+import contextlib
+import fcntl
 import importlib.metadata
 import json
 import math
@@ -16,38 +18,81 @@ import torch
 from src.errors import InputError
 from src.sampler import Samples
 
+FILES = ("metrics.jsonl", "rollouts.jsonl")  # one line a step, one line a completion
 VERSIONS_OF = ("torch", "transformers", "accelerate", "peft", "math-verify", "verl", "wandb", "datasets")
 
 
 class RunLog:
-    """The files of one run. Each line is written whole and at once, so that a killed run keeps all its steps.
+    """The files of one run, held by one process at a time.
+
+    Lines are written whole and at once, so that a killed run keeps all its steps; where the disk does not take them, they wait
+    in memory for the next attempt.
 
     Args:
-        folder: From `choose_folder`; made here.
+        folder: From `choose_folder`, made here; of a run that is resumed, its own.
         may_rename: Take another name where a run has taken this one meanwhile.
-        config: The resolved hyperparameters, for config.json.
+        config: For config.json, which is written here: "hyperparameters" and what else there is to know. None where a run is
+            resumed: `go_on` is then to be called before anything is written.
+        writes: Whether it is this process that writes the files. Where it is another, nothing is done here.
 
     Raises:
-        InputError: The folder cannot be written.
+        InputError: The folder cannot be written, or another process is writing to it.
     """
 
-    def __init__(self, folder: Path, may_rename: bool, config: dict):
+    def __init__(self, folder: Path, may_rename: bool, config: dict | None, writes: bool = True):
+        self.folder, self.writes = folder, writes
+        if not writes:
+            return
         try:
-            while not _claim(folder):
+            while config is not None and not _claim(self.folder):
                 if not may_rename:
                     raise InputError(f"--run-name {folder.name}: another run has just taken {folder}; give another name")
-                folder = folder.with_name(folder.name + "b")
+                self.folder = self.folder.with_name(self.folder.name + "b")
+            self._files = {name: (self.folder / name).open("ab", buffering=0) for name in FILES}
+            self._pending = dict.fromkeys(FILES, b"")
+            self._sizes = {name: (self.folder / name).stat().st_size for name in FILES}
+            self._lock()
+            if config is not None:
+                self._write_config(config | environment())
         except OSError as error:
-            raise InputError(f"{folder} cannot be made ({error.strerror}); give a folder of yours with --output") from None
-        self.folder = folder
-        about = {
-            "hyperparameters": config,
-            "versions": {"python": platform.python_version(), **{name: _version(name) for name in VERSIONS_OF}},
-            "git_commit": _git_commit(),
-            "machine": platform.platform(),
-            "started": datetime.now().isoformat(timespec="seconds"),
-        }
-        (self.folder / "config.json").write_text(json.dumps(about, indent=2) + "\n")
+            raise InputError(f"{folder} cannot be written ({error.strerror}); give a folder of yours with --output") from None
+
+    def go_on(self, step: int, sizes: dict[str, int], changed: dict[str, list], config: dict) -> None:
+        """Cut the files to what they were at a checkpoint, and say in config.json that the run goes on from there.
+
+        Args:
+            step: Of the checkpoint.
+            sizes: From `sync`, at the checkpoint; none where the run goes on from its beginning.
+            changed: Old and new value of the hyperparameters that are not as before.
+            config: What replaces its entries in config.json.
+        """
+        if not self.writes:
+            return
+        for name, file in self._files.items():
+            size = sizes.get(name, 0)
+            if self._sizes[name] < size:
+                print(f"warning: {self.folder / name} has lost lines: {size - self._sizes[name]} of {size} bytes", flush=True)
+            else:
+                file.truncate(size)
+                self._sizes[name] = size
+        before = json.loads((self.folder / "config.json").read_text())
+        entry = {"step": step, "changed": changed, **environment()}
+        self._write_config(before | config | {"resumed": [*before.get("resumed", []), entry]})
+
+    def _write_config(self, config: dict) -> None:
+        aside = self.folder / ".config.json.partial"
+        aside.write_text(json.dumps(config, indent=2) + "\n")
+        aside.rename(self.folder / "config.json")
+
+    def _lock(self) -> None:
+        """Hold the folder until `close` or the end of the process, however it ends."""
+        try:
+            fcntl.flock(self._files["metrics.jsonl"], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise InputError(f"{self.folder}: another process is writing to this run; stop it, or wait for its end") from None
+        except OSError:  # a file system without locks
+            print(f"warning: {self.folder} cannot be locked here; see to it that no two processes write to it", flush=True)
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Append one step's metrics, names as in the README's table; null for what is not finite, for which JSON has no word."""
@@ -57,9 +102,45 @@ class RunLog:
         """Append completions with each part of their reward."""
         self._append("rollouts.jsonl", rows)
 
+    def sync(self) -> dict[str, int]:
+        """See to it that every line is on the disk.
+
+        Returns:
+            Bytes of each file.
+
+        Raises:
+            OSError: The disk does not take them.
+        """
+        for name, file in self._files.items():
+            self._write(name)
+            os.fsync(file.fileno())
+        return dict(self._sizes)
+
+    def close(self) -> None:
+        """Let go of the files."""
+        for file in self._files.values() if self.writes else ():
+            file.close()
+
     def _append(self, name: str, rows: Iterable[dict]) -> None:
-        with (self.folder / name).open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        if not self.writes:
+            return
+        self._pending[name] += "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "replace")
+        try:
+            self._write(name)
+        except OSError as error:
+            print(f"warning: {self.folder / name} cannot be written ({error.strerror}); its lines wait in memory", flush=True)
+
+    def _write(self, name: str) -> None:
+        file, data, written = self._files[name], self._pending[name], 0
+        try:
+            while written < len(data):
+                written += file.write(data[written:])
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(self._sizes[name])  # no half of a line
+            raise
+        self._sizes[name] += written
+        self._pending[name] = b""
 
 
 def _claim(folder: Path) -> bool:
@@ -69,6 +150,16 @@ def _claim(folder: Path) -> bool:
     except FileExistsError:
         return folder.is_dir() and not any(folder.iterdir())  # an empty one is as good as new
     return True
+
+
+def environment() -> dict:
+    """What a run is made with, and when."""
+    return {
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in VERSIONS_OF}},
+        "git_commit": _git_commit(),
+        "machine": platform.platform(),
+        "started": datetime.now().isoformat(timespec="seconds"),
+    }
 
 
 def _git_commit() -> str | None:

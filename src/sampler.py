@@ -39,6 +39,7 @@ def sample(
     stop_ids: list[int],
     pad_id: int,
     generator: torch.Generator | None,
+    part_of: tuple[int, int] | None = None,
 ) -> Samples:
     """Sample `group_size` completions of each prompt.
 
@@ -54,6 +55,8 @@ def sample(
         pad_id: Fills what is not a token; every mask comes from positions, so it may equal a stop token.
         generator: On the model's device. Each step draws one number per row, finished or not, so that a completion does
             not depend on when others ended. None only where temperature is 0.
+        part_of: Where these completions are a part of a larger batch, the first one's row there and the rows of the whole: they
+            then draw what they would draw there.
 
     Returns:
         `Samples`, on the model's device.
@@ -64,6 +67,7 @@ def sample(
     if max_new_tokens is not None:
         limits = limits.clamp(max=max_new_tokens)
     batch, steps = len(limits), int(limits.max())
+    first, whole = part_of or (0, batch)
     decoder = make_decoder(model, batch, int(prompt_lengths.max()) + steps)
     logits = decoder.prefill(prompt_ids, group_size, pad_id)  # (B, V)
 
@@ -75,7 +79,7 @@ def sample(
     rows = torch.arange(batch, device=device)  # the completion that each row of the decode batch belongs to
     going = torch.ones(batch, dtype=torch.bool, device=device)  # per row of the decode batch
     for step in range(steps):
-        uniform = None if temperature == 0 else torch.rand(batch, device=device, generator=generator)[rows]
+        uniform = None if temperature == 0 else torch.rand(whole, device=device, generator=generator)[first + rows]
         token, log_prob = _pick(logits, temperature, top_p, uniform)
         alive = rows[going]
         tokens[alive, step] = token[going]
