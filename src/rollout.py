@@ -36,8 +36,8 @@ def fit_memory(compute: Callable[[int], T], size: int) -> tuple[T, int]:
                 raise
         # Outside of the handler, whose traceback would keep the failed attempt's tensors alive.
         clear_device_cache(garbage_collection=True)
+        print(f"warning: out of memory; goes on with {size // 2} completions at once in place of {size}", flush=True)
         size //= 2
-        print(f"warning: out of memory; goes on with {size} completions at once in place of {2 * size}", flush=True)
 
 
 def roll_out(

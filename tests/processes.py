@@ -26,8 +26,11 @@ def _run(flags: list[str], output: Path, inject: Callable | None) -> None:
     os.dup2(file, 2)
     os.close(file)
     os.chdir(ROOT)
+    import torch
+
     import train
 
+    torch.set_num_threads(1)
     if inject:
         inject()
     sys.argv = ["train.py", *flags]

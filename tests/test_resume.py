@@ -22,6 +22,15 @@ from tests.conftest import as_flags
 from tests.test_train import metrics_of, rollouts_of, without_times
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The tiny models need no more, and threads that wait for one another on a busy machine take a hundred times as long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 class Killed(BaseException):
     """Ends a run at a place, as SIGKILL would: nothing of ours catches it."""
 
