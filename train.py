@@ -67,6 +67,7 @@ from src.run_log import RunLog, Scores, choose_folder, completion_metrics, rewar
 from src.sampler import Samples, decode, sample
 from src.signals import Stopped, StopSignals
 from src.speed import speed_metrics
+from src.trackers import check_trackers, chosen_trackers, log_completions, start_trackers
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -133,7 +134,10 @@ def main(
     eval_only: bool = False,
     eval_samples: int = 8,
     eval_against: str | None = None,
+    tracker: list[Literal["wandb", "tensorboard", "trackio"]] | None = None,
     wandb_project: str | None = None,
+    sample_interval: int = 10,
+    quiet: bool = False,
 ) -> Path:
     """Train a chat model to do maths by GRPO with a hybrid reward.
 
@@ -201,7 +205,12 @@ def main(
         eval_only: Evaluate model_name on eval_data and end: no training, no reward model.
         eval_samples: Completions per question, beside the greedy one, from which eval_only estimates pass@k; 0 = none.
         eval_against: A second model for eval_only, compared with the first question by question.
-        wandb_project: Weights & Biases project to log to (WANDB_MODE=offline needs no account); by default none.
+        tracker: Where metrics go besides metrics.jsonl: wandb (WANDB_MODE=offline needs no account), tensorboard, trackio, or
+            several of them.
+        wandb_project: Project to log to in Weights & Biases, which it implies, and in trackio; by default hybrid-grpo.
+        sample_interval: Print three completions with their rewards every so many steps, and log all of them to Weights & Biases
+            as a table; 0 = never.
+        quiet: Print warnings and the result alone.
 
     Returns:
         The run's folder: config.json, metrics.jsonl, rollouts.jsonl, step_<k>/; with eval_only evaluation.json and
@@ -213,6 +222,7 @@ def main(
         TrainingError: The training cannot go on.
     """
     hyperparameters = dict(locals())
+    console.configure(quiet)
     check_hyperparameters(**hyperparameters)
     problems = [] if eval_only else read_prompts(data, "--data")
     eval_problems = read_prompts(eval_data, "--eval-data") if eval_data else []
@@ -226,7 +236,7 @@ def main(
     verifier = MathVerifier(verifier_method)
     check_answers(verifier, problems + eval_problems)
 
-    accelerator = Accelerator(cpu=device == "cpu", log_with="wandb" if wandb_project else None)
+    accelerator = Accelerator(cpu=device == "cpu", log_with=chosen_trackers(tracker, wandb_project) or None, project_dir=output)
     check_processes(accelerator.num_processes, rollouts_per_step)
     if not accelerator.is_main_process:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (one process speaks, for as long as the others live)
@@ -271,15 +281,15 @@ def main(
 
     # Models
     in_its_place = "" if "tinyllama" in model_name.lower() else f" in its place: {model_name}"
-    print(f"Loading TinyLlama model...{in_its_place}", flush=True)
+    console.say(f"Loading TinyLlama model...{in_its_place}")
     policy = models.load_policy(model_name, run_device)
     model_fingerprint = models.fingerprint(policy)
     compute = f"computes in {str(compute_dtype).removeprefix('torch.')} on {run_device.type}"
-    print(f"policy: {policy.num_parameters() / 1e6:.1f} million weights, trained in float32, {compute}", flush=True)
+    console.say(f"policy: {policy.num_parameters() / 1e6:.1f} million weights, trained in float32, {compute}")
     adapter = models.add_lora(policy, lora_rank) if lora_rank else None  # lives in the policy's layers
     if adapter:
         trained = adapter.get_nb_trainable_parameters()[0]
-        print(f"LoRA of rank {lora_rank}: {trained / 1e6:.2f} million weights are trained", flush=True)
+        console.say(f"LoRA of rank {lora_rank}: {trained / 1e6:.2f} million weights are trained")
     master = models.MasterWeights(policy, compute_dtype)
     reference = None
     if kl_weight > 0:  # with LoRA it is the policy itself with the adapter switched off
@@ -291,7 +301,7 @@ def main(
     sampling = dict(max_length=max_length, max_new_tokens=max_new_tokens, stop_ids=stop_ids, pad_id=stop_ids[0])
     explore = dict(temperature=temperature, top_p=top_p)
 
-    print("Loading reward model and math verifier...", flush=True)
+    console.say("Loading reward model and math verifier...")
     reward_model = load_reward_model(reward_choice)
     if reward_mode == "rm" and reward_model is None:
         raise InputError("--reward-mode rm: the reward model could not be loaded, see above")
@@ -318,19 +328,19 @@ def main(
     if resume:
         set_aside_later(run, progress.step)
         run.go_on(progress.step, progress.written, changed, config)
-        print(f"goes on from {checkpoint or 'the beginning: it has no checkpoint yet'}", flush=True)
-    if wandb_project:
-        options = {"name": run.folder.name, "dir": str(run.folder), "id": progress.wandb_id, "resume": "allow"}
-        accelerator.init_trackers(wandb_project, hyperparameters, {"wandb": options})
-        progress.wandb_id = accelerator.get_tracker("wandb", unwrap=True).id if accelerator.is_main_process else None
+        console.say(f"goes on from {checkpoint or 'the beginning: it has no checkpoint yet'}")
+    if accelerator.log_with:
+        progress.wandb_id = start_trackers(
+            accelerator, wandb_project, run.folder, hyperparameters, progress.step, progress.wandb_id
+        )
     defaults = {name: p.default for name, p in inspect.signature(main).parameters.items()}
     others = ", ".join(f"{name}={value}" for name, value in hyperparameters.items() if value != defaults[name])
-    print(f"settings other than the defaults: {others or 'none'}; all in {run.folder / 'config.json'}", flush=True)
-    print(f"found {len(problems)} matching prompts", flush=True)
+    console.say(f"settings other than the defaults: {others or 'none'}; all in {run.folder / 'config.json'}")
+    console.say(f"found {len(problems)} matching prompts")
 
     # Warmup
     if not warmed_up:
-        print("Running warmup to determine reward model bounds...", flush=True)
+        console.say("Running warmup to determine reward model bounds...")
     if reward_model is not None and not warmed_up:
         warmup_generator = torch.Generator(run_device).manual_seed(seed + 1)
         picked = [i % len(problems) for i in range(warmup_samples)]
@@ -345,7 +355,7 @@ def main(
         else:
             progress.min_rm, progress.max_rm = parallel.from_first((scores.min().item(), scores.max().item()))
     # With no reward model every score and both bounds are 0, so r_hat is -alpha or 1 - beta.
-    print(f"RM bounds: min={progress.min_rm:.4f}, max={progress.max_rm:.4f}", flush=True)
+    console.say(f"RM bounds: min={progress.min_rm:.4f}, max={progress.max_rm:.4f}")
 
     # Training
     steps_per_epoch = len(problems) // rollouts_per_step
@@ -354,13 +364,14 @@ def main(
         raise InputError(
             f"--resume {resume}: the run has done {progress.step} steps and is to have {total_steps}; raise --max-steps"
         )
-    print(f"training for {total_steps} steps of {rollouts_per_step} x {group_size} completions", flush=True)
+    console.say(f"training for {total_steps} steps of {rollouts_per_step} x {group_size} completions")
     if max_steps and total_steps < max_steps:
-        print(f"that is less than --max-steps {max_steps}: --epochs {epochs} x {steps_per_epoch} steps come first", flush=True)
+        console.say(f"that is less than --max-steps {max_steps}: --epochs {epochs} x {steps_per_epoch} steps come first")
     at_once = rollouts_per_step * group_size  # completions, as far as memory allows
     before = checkpoints.snapshot(progress)  # what a step that is broken off goes back to
     stop = StopSignals()
     started = time.perf_counter()
+    console.start(total_steps, "step", progress.step)
     try:
         for step in range(progress.step, total_steps + 1):
             stop.begin_step()
@@ -368,13 +379,14 @@ def main(
 
             # Held-out accuracy of the policy after `step` steps: before the first, every interval, after the last.
             if eval_problems and (step in (0, total_steps) or (eval_interval and step % eval_interval == 0)):
+                console.phase("evaluate")
                 answered = answer(
                     policy, tokenizer, verifier, *texts_of(eval_problems), eval_prompt_ids, 1, rollouts_per_step * group_size,
                     temperature=0.0, top_p=1.0, generator=None, **sampling,
                 )  # fmt: skip
                 metrics |= answer_metrics(answered, verifier_method)
                 progress.accuracies.append(metrics["eval/accuracy"])
-                print(f"held-out accuracy after {step} steps: {describe(metrics)} of {len(eval_problems)}, greedy", flush=True)
+                console.say(f"held-out accuracy after {step} steps: {describe(metrics)} of {len(eval_problems)}, greedy")
             if step == total_steps:
                 stop.finish_step()
                 if metrics:
@@ -391,6 +403,7 @@ def main(
             answers = [problems[i].answer for i in chosen for _ in range(group_size)]  # B
 
             # Rollout: G completions for each of Q questions, with the log-prob of every sampled token.
+            console.phase("rollout")
             phase_started = time.perf_counter()
             prompts = [prompt_ids[i] for i in chosen]
             samples, at_once = roll_out(policy, prompts, group_size, at_once, generator=sample_generator, **explore, **sampling)
@@ -398,6 +411,7 @@ def main(
             rollout_s = time.perf_counter() - phase_started
 
             # Score: verdict and reward-model score -> r_hat -> weighted reward; (B,) each.
+            console.phase("score")
             phase_started = time.perf_counter()
             scores = score(
                 verifier, reward_model, questions, answers, completions, group_size,
@@ -410,10 +424,11 @@ def main(
             verifier_metrics = verifier.metrics()
             if step == 0 and reward_model is None:  # there was no warmup to see it in
                 warn_of_unread_answers(verifier_metrics, completions, verifier_method)
-            print_rollouts(questions, answers, scores, group_size, step)
+            console.say_rollouts(questions, answers, scores, group_size, step)
 
             # Update: clipped policy-gradient steps over minibatches of train_batch_size completions.
             stop.finish_step()
+            console.phase("update")
             phase_started = time.perf_counter()
             step_lr = lr if lr_schedule == "constant" else lr * (1 - step / total_steps)
             for group in optimizer.param_groups:
@@ -438,22 +453,22 @@ def main(
             metrics["time/step_s"] = time.perf_counter() - step_started
             metrics |= speed_metrics(policy, samples, group_size, epochs_per_step, reference is not None, metrics)
             run.metrics(step, metrics)
-            run.rollouts(rollout_rows(step, questions, answers, completions, samples, scores, advantages))
+            rows = rollout_rows(step, questions, answers, completions, samples, scores, advantages)
+            run.rollouts(rows)
             accelerator.log(metrics, step=step)
-            print(
-                f"{step}: kl={metrics['policy/kl']:.4f}, grad_norm={metrics['policy/grad_norm']:.4f}, "
-                f"right={100 * metrics['reward/rule_mean']:.0f}%, tokens={metrics['completion/len_mean']:.0f}, "
-                f"truncated={100 * metrics['completion/truncated_frac']:.0f}%, {metrics['time/step_s']:.1f} s, "
-                f"{metrics['time/tokens_per_s']:.0f} tokens/s (step {step + 1} of {total_steps})",
-                flush=True,
-            )
+            if sample_interval and step % sample_interval == 0:
+                console.say_samples(rows)
+                log_completions(accelerator, rows, step)
+            console.say_step(step, total_steps, metrics)
+            console.advance(tokens_per_s=metrics["time/tokens_per_s"])
             progress.step = step + 1
             before = checkpoints.snapshot(progress)
             give_up = progress.skipped_in_a_row >= max_skipped_updates
             if progress.step % checkpoint_interval == 0 or progress.step == total_steps or give_up:
+                console.phase("save")
                 saved = checkpoints.save(before)
                 if saved:
-                    print(f"saved {saved}", flush=True)
+                    console.say(f"saved {saved}")
             if give_up:
                 raise TrainingError(
                     f"{progress.skipped_in_a_row} optimizer steps in a row had a loss or gradient that is not finite; none was "
@@ -461,7 +476,7 @@ def main(
                 )
         if adapter and accelerator.is_main_process:
             master.restore(policy)
-            print(f"saved {save_model(run.folder / 'merged', adapter.merge_and_unload(), tokenizer)}", flush=True)
+            console.say(f"saved {save_model(run.folder / 'merged', adapter.merge_and_unload(), tokenizer)}")
         if accelerator.is_main_process and not checkpoints.has(total_steps):
             raise TrainingError(f"the last step is not saved; make room, then go on from {run.folder} with --resume")
     except Stopped:
@@ -470,11 +485,14 @@ def main(
             checkpoints.save(before)
         raise
     finally:
+        console.stop()
         stop.close()
         verifier.close()
         run.close()
         accelerator.end_training()
     minutes = (time.perf_counter() - started) / 60
+    if accelerator.is_main_process:
+        console.say_summary(run.folder)
     accuracies = [f"{100 * accuracy:.1f} %" for accuracy in progress.accuracies]
     change = f"; held-out accuracy {accuracies[0]} -> {accuracies[-1]}" if accuracies else ""
     print(f"done: {total_steps} steps in {minutes:.1f} minutes on {run_device.type}{change}; see {run.folder}", flush=True)
@@ -494,7 +512,7 @@ def check_hyperparameters(**h) -> None:
     at_least = dict(
         epochs=1, train_batch_size=1, micro_batch_size=1, epochs_per_step=1, rollouts_per_step=1, max_length=2,
         warmup_samples=1, checkpoint_interval=1, keep_checkpoints=0, eval_interval=0, eval_samples=0, seed=0, lora_rank=0,
-        max_skipped_updates=1,
+        max_skipped_updates=1, sample_interval=0,
     )  # fmt: skip
     for name, least in at_least.items():
         if h[name] < least:
@@ -542,8 +560,8 @@ def check_hyperparameters(**h) -> None:
             "more than a right one; keep the sum at 1 or below",
             flush=True,
         )
-    if h["wandb_project"]:
-        check_wandb()
+    if not h["eval_only"]:
+        check_trackers(chosen_trackers(h["tracker"], h["wandb_project"]))
 
 
 def check_processes(processes: int, rollouts_per_step: int) -> None:
@@ -579,17 +597,6 @@ def check_resumed(had: Progress, has: Progress, changed: dict[str, list], resume
         raise InputError(
             f"--resume {resume}: the run had the reward model {had.reward_model or 'none'} and would go on with "
             f"{has.reward_model or 'none'}; see above why, or name another with --reward-model-name"
-        )
-
-
-def check_wandb() -> None:
-    """Refuse a W&B run that would stop to ask for a login."""
-    import wandb
-
-    settings = wandb.setup().settings
-    if settings.mode not in ("offline", "disabled") and not wandb.api.api_key:
-        raise InputError(
-            "--wandb-project: no W&B login on this machine; run `wandb login`, or set WANDB_MODE=offline to do without an account"
         )
 
 
@@ -774,14 +781,14 @@ def load_reward_model(choice: RewardModelChoice) -> AceRewardModel | None:
         print(f"warning: no reward model, the verifier alone decides: {choice.why}", flush=True)
         return None
     if choice.name is None:
-        print(f"reward model: none, the verifier alone decides ({choice.why})", flush=True)
+        console.say(f"reward model: none, the verifier alone decides ({choice.why})")
         return None
     try:
         reward_model = choice.load()
     except (InputError, RuntimeError) as error:  # no memory for it, above all
         print(f"warning: no reward model, the verifier alone decides: {error}", flush=True)
         return None
-    print(f"reward model: {choice.name} on {choice.where()} ({choice.why})", flush=True)
+    console.say(f"reward model: {choice.name} on {choice.where()} ({choice.why})")
     return reward_model
 
 
@@ -1071,6 +1078,8 @@ def evaluate_only(
     Returns:
         The folder.
     """
+    if parallel.processes() > 1:
+        raise InputError("--eval-only: evaluates in one process; start it with python train.py")
     ready = []
     for flag, name in (("--model-name", model_name), ("--eval-against", eval_against))[: 2 if eval_against else 1]:
         load_skeleton(name, flag, dtype, max_length)
@@ -1078,39 +1087,31 @@ def evaluate_only(
         ready.append((flag, name, tokenizer, encode_prompts(tokenizer, problems, system_prompt, max_length)))
     evaluated, explore = [], dict(temperature=temperature, top_p=top_p)
     console.start(len(problems) * (1 + n) * len(ready), "completion")
-    for flag, name, tokenizer, prompt_ids in ready:
-        print(f"Evaluating {name}: {len(problems)} questions, greedily and {n} times at temperature {temperature}", flush=True)
-        policy = models.load_policy(name, device, flag).requires_grad_(False)
-        models.MasterWeights(policy, dtype)  # rounds it as training does; there is nothing to train
-        stop_ids = models.stop_token_ids(policy, tokenizer)
-        of_each = functools.partial(
-            answer, policy, tokenizer, verifier, *texts_of(problems), prompt_ids, batch_size=batch_size, progress=console.advance,
-            max_length=max_length, max_new_tokens=max_new_tokens, stop_ids=stop_ids, pad_id=stop_ids[0],
-        )  # fmt: skip
-        console.phase("greedy")
-        greedy = of_each(1, temperature=0.0, top_p=1.0, generator=None)
-        console.phase(f"{n} samples")
-        generator = torch.Generator(device).manual_seed(seed)
-        samples = of_each(n, generator=generator, **explore) if n else None
-        evaluated.append(Evaluated(name, greedy, samples))
-    console.stop()
-    verifier.close()
+    try:
+        for flag, name, tokenizer, prompt_ids in ready:
+            at_random = f" and {n} times at temperature {temperature}" if n else ""
+            console.say(f"Evaluating {name}: {len(problems)} questions, greedily{at_random}")
+            policy = models.load_policy(name, device, flag).requires_grad_(False)
+            models.MasterWeights(policy, dtype)  # rounds it as training does; there is nothing to train
+            stop_ids = models.stop_token_ids(policy, tokenizer)
+            of_each = functools.partial(
+                answer, policy, tokenizer, verifier, *texts_of(problems), prompt_ids, batch_size=batch_size,
+                progress=console.advance, max_length=max_length, max_new_tokens=max_new_tokens, stop_ids=stop_ids,
+                pad_id=stop_ids[0],
+            )  # fmt: skip
+            console.phase("greedy")
+            greedy = of_each(1, temperature=0.0, top_p=1.0, generator=None)
+            console.phase(f"{n} samples")
+            generator = torch.Generator(device).manual_seed(seed)
+            samples = of_each(n, generator=generator, **explore) if n else None
+            evaluated.append(Evaluated(name, greedy, samples))
+    finally:
+        console.stop()
+        verifier.close()
     folder.mkdir(parents=True, exist_ok=True)
     report_evaluation(folder, settings, *texts_of(problems), evaluated)
     print(f"done: see {folder}", flush=True)
     return folder
-
-
-def print_rollouts(questions: list[str], answers: list[str], scores: Scores, group_size: int, step: int) -> None:
-    """One line a question, then the sum of the step's rewards, in the words that users of this script know."""
-    for start in range(0, len(questions), group_size):
-        group = slice(start, start + group_size)
-        right = int(scores.rule_rewards[group].sum())
-        print(
-            f"rollout q={questions[start]!r}, a={answers[start]!r}, returns={scores.rewards[group].sum():.2f}, "
-            f"replay_buffer_size={start + group_size}, right={right}/{group_size}"
-        )
-    print(f"returns of step {step}: {scores.rewards.sum():.4f}", flush=True)
 
 
 def cli() -> None:
@@ -1118,6 +1119,7 @@ def cli() -> None:
 
     Exits with status 2 where input cannot work, 1 where training cannot go on, 130 after Ctrl-C and 143 after SIGTERM.
     """
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a letter is no reason to stop
     signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))  # before training, where nothing is to be saved
     settings = tyro.cli(functools.wraps(main)(lambda **settings: settings))
     defaults = {name: p.default for name, p in inspect.signature(main).parameters.items()}
