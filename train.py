@@ -3,6 +3,7 @@
     python train.py                                  TinyLlama-1.1B-Chat with AceMath-7B-RM, one GPU
     python train.py --model-name embedded            SmolLM2-135M-Instruct, no GPU, no hub
     python train.py --reward-scorer tanh             the experimental weight
+    python train.py --resume output/RUN              go on with a run that was stopped
     python train.py --eval-only --eval-data F        how many questions a model answers right
     python train.py --help                           every hyperparameter; they are the parameters of main()
 
@@ -305,14 +306,18 @@ def main(
     reward_model = load_reward_model(reward_choice)
     if reward_mode == "rm" and reward_model is None:
         raise InputError("--reward-mode rm: the reward model could not be loaded, see above")
+    if len(set(parallel.gather([reward_model is None]))) > 1:
+        raise InputError("--reward-model-name: not every process has room for the reward model; see --reward-model-device")
 
     # The run: a new one, or one that goes on from a checkpoint
+    steps_per_epoch = len(problems) // rollouts_per_step
+    total_steps = min(epochs * steps_per_epoch, max_steps or math.inf)
     progress = Progress(
         problems=len(problems), model=model_fingerprint, reward_model=reward_choice.name if reward_model else None
     )
     changed = changes(read_config(folder)["hyperparameters"], hyperparameters) if resume else {}
     if checkpoint:
-        check_resumed(read_progress(checkpoint), progress, changed, resume)
+        check_resumed(read_progress(checkpoint), progress, changed, total_steps, resume)
     config = {
         "hyperparameters": resolved,
         "data_sha256": {"data": file_hash(data), "eval_data": file_hash(eval_data)},
@@ -320,7 +325,7 @@ def main(
     run = RunLog(folder, run_name is None, None if resume else config, accelerator.is_main_process)
     run.folder = parallel.from_first(run.folder)
     generators = {"order": order_generator, "sample": sample_generator}
-    checkpoints = Checkpoints(run, adapter or policy, tokenizer, master, optimizer, generators, reward_model, keep_checkpoints)
+    checkpoints = Checkpoints(run, adapter or policy, tokenizer, master, optimizer, generators, keep_checkpoints)
     warmed_up = False
     if checkpoint:
         had, progress = progress.reward_model, checkpoints.load(checkpoint)
@@ -352,18 +357,13 @@ def main(
         scores = scores[scores.isfinite()]  # a score that failed is no bound
         if not len(scores):
             print("warning: the reward model failed on every completion of the warmup; both bounds are 0", flush=True)
-        else:
-            progress.min_rm, progress.max_rm = parallel.from_first((scores.min().item(), scores.max().item()))
+        bounds = (scores.min().item(), scores.max().item()) if len(scores) else (0.0, 0.0)
+        progress.min_rm, progress.max_rm = parallel.from_first(bounds)
+        count_failures(reward_model, progress)
     # With no reward model every score and both bounds are 0, so r_hat is -alpha or 1 - beta.
     console.say(f"RM bounds: min={progress.min_rm:.4f}, max={progress.max_rm:.4f}")
 
     # Training
-    steps_per_epoch = len(problems) // rollouts_per_step
-    total_steps = min(epochs * steps_per_epoch, max_steps or math.inf)
-    if total_steps < progress.step:
-        raise InputError(
-            f"--resume {resume}: the run has done {progress.step} steps and is to have {total_steps}; raise --max-steps"
-        )
     console.say(f"training for {total_steps} steps of {rollouts_per_step} x {group_size} completions")
     if max_steps and total_steps < max_steps:
         console.say(f"that is less than --max-steps {max_steps}: --epochs {epochs} x {steps_per_epoch} steps come first")
@@ -380,10 +380,11 @@ def main(
             # Held-out accuracy of the policy after `step` steps: before the first, every interval, after the last.
             if eval_problems and (step in (0, total_steps) or (eval_interval and step % eval_interval == 0)):
                 console.phase("evaluate")
-                answered = answer(
-                    policy, tokenizer, verifier, *texts_of(eval_problems), eval_prompt_ids, 1, rollouts_per_step * group_size,
-                    temperature=0.0, top_p=1.0, generator=None, **sampling,
+                compute = functools.partial(
+                    answer, policy, tokenizer, verifier, *texts_of(eval_problems), eval_prompt_ids, 1, temperature=0.0, top_p=1.0,
+                    generator=None, **sampling,
                 )  # fmt: skip
+                answered, at_once = fit_memory(compute, at_once)
                 metrics |= answer_metrics(answered, verifier_method)
                 progress.accuracies.append(metrics["eval/accuracy"])
                 console.say(f"held-out accuracy after {step} steps: {describe(metrics)} of {len(eval_problems)}, greedy")
@@ -421,7 +422,8 @@ def main(
             )  # fmt: skip
             advantages = compute_advantages(scores.rewards, group_size, advantage_scale)  # (B,)
             score_s = time.perf_counter() - phase_started
-            verifier_metrics = verifier.metrics()
+            verifier_metrics = parallel.sum_values(verifier.metrics())
+            verifier_metrics["verifier/extracted_frac"] /= parallel.processes()  # each judges as many
             if step == 0 and reward_model is None:  # there was no warmup to see it in
                 warn_of_unread_answers(verifier_metrics, completions, verifier_method)
             console.say_rollouts(questions, answers, scores, group_size, step)
@@ -446,8 +448,8 @@ def main(
 
             # Report and save
             metrics |= reward_metrics(scores, advantages, group_size) | completion_metrics(samples, scores)
-            metrics["reward/rm_failed"] = float(reward_model.failed if reward_model else 0)
-            metrics["reward/rm_truncated"] = float(reward_model.truncated if reward_model else 0)
+            count_failures(reward_model, progress)
+            metrics |= {"reward/rm_failed": float(progress.rm_failed), "reward/rm_truncated": float(progress.rm_truncated)}
             metrics |= verifier_metrics | {"reward/sigma_bar": progress.sigma_bar.mean, "optim/lr": step_lr}
             metrics |= {"time/rollout_s": rollout_s, "time/score_s": score_s, "time/update_s": update_s}
             metrics["time/step_s"] = time.perf_counter() - step_started
@@ -576,7 +578,7 @@ def check_processes(processes: int, rollouts_per_step: int) -> None:
         )
 
 
-def check_resumed(had: Progress, has: Progress, changed: dict[str, list], resume: str) -> None:
+def check_resumed(had: Progress, has: Progress, changed: dict[str, list], total_steps: int, resume: str) -> None:
     """Refuse to go on with other models or problems than before, unless they are named anew.
 
     Args:
@@ -587,6 +589,8 @@ def check_resumed(had: Progress, has: Progress, changed: dict[str, list], resume
     Raises:
         InputError: Something differs.
     """
+    if total_steps < had.step:
+        raise InputError(f"--resume {resume}: the run has done {had.step} steps and is to have {total_steps}; raise --max-steps")
     if had.model != has.model and "model_name" not in changed:
         raise InputError(f"--resume {resume}: the model has changed since the run began; put the old one back")
     if had.problems != has.problems and "data" not in changed:
@@ -634,7 +638,7 @@ def read_prompts(data: str, flag: str) -> list[Problem]:
             if line.strip():
                 try:
                     records.append((f"{data}, line {number}", json.loads(line)))
-                except ValueError as error:  # not JSON, or a number of more digits than Python reads
+                except (ValueError, RecursionError) as error:  # not JSON, or more digits or brackets than Python reads
                     raise InputError(
                         f"{data}, line {number}: not JSON ({error}); each line must be one {{'question', 'answer'}} object"
                     ) from None
@@ -868,6 +872,15 @@ def score(
     return Scores(verdicts, rule_rewards, rm_scores, rm_clamped, n, sigma_u, r_hat, weights, rewards)
 
 
+def count_failures(reward_model: AceRewardModel | None, progress: Progress) -> None:
+    """Take what the reward model has counted in all processes into the run's own counts."""
+    if reward_model:
+        counts = parallel.sum_values({"failed": reward_model.failed, "truncated": reward_model.truncated})
+        progress.rm_failed += counts["failed"]
+        progress.rm_truncated += counts["truncated"]
+        reward_model.failed = reward_model.truncated = 0
+
+
 def neutral_where_unjudged(rewards: torch.Tensor, judged: torch.Tensor, group_size: int) -> torch.Tensor:
     """Rewards (B,) in which a completion without a verdict has the mean of the others of its group; 0 where there is no other."""
     if judged.all():
@@ -940,8 +953,9 @@ def update(
             )  # fmt: skip
             (sums, not_finite), micro_batch_size = fit_memory(compute, micro_batch_size)
             parallel.sum_gradients(master.parameters)
-            grad_norm = torch.nn.utils.clip_grad_norm_(master.parameters, max_norm)
-            grad_norms.append(grad_norm.item())
+            grad_norm = torch.nn.utils.clip_grad_norm_(master.parameters, max_norm).item()
+            not_finite = parallel.gather(not_finite)
+            grad_norms.append(math.nan if not_finite else grad_norm)
             if math.isfinite(grad_norms[-1]):
                 before = master.sample_values() if len(grad_norms) == 1 else None
                 optimizer.step()
@@ -950,7 +964,7 @@ def update(
                 for name in sums:  # before the first optimizer step sampler and trainer have the same weights, later no longer
                     totals[name] += sums[name] if before is not None or not name.startswith("gap") else 0.0
             else:
-                failed |= set(parallel.gather(not_finite)) or set(batch.tolist())
+                failed |= set(not_finite or batch.tolist())
             master.release_gradients()
     finite = [g for g in grad_norms if math.isfinite(g)]
     if failed:
@@ -1094,16 +1108,15 @@ def evaluate_only(
             policy = models.load_policy(name, device, flag).requires_grad_(False)
             models.MasterWeights(policy, dtype)  # rounds it as training does; there is nothing to train
             stop_ids = models.stop_token_ids(policy, tokenizer)
-            of_each = functools.partial(
-                answer, policy, tokenizer, verifier, *texts_of(problems), prompt_ids, batch_size=batch_size,
-                progress=console.advance, max_length=max_length, max_new_tokens=max_new_tokens, stop_ids=stop_ids,
-                pad_id=stop_ids[0],
+            compute = functools.partial(
+                answer, policy, tokenizer, verifier, *texts_of(problems), prompt_ids, progress=console.advance,
+                max_length=max_length, max_new_tokens=max_new_tokens, stop_ids=stop_ids, pad_id=stop_ids[0],
             )  # fmt: skip
             console.phase("greedy")
-            greedy = of_each(1, temperature=0.0, top_p=1.0, generator=None)
+            greedy = compute(1, batch_size, temperature=0.0, top_p=1.0, generator=None)
             console.phase(f"{n} samples")
             generator = torch.Generator(device).manual_seed(seed)
-            samples = of_each(n, generator=generator, **explore) if n else None
+            samples = compute(n, batch_size, generator=generator, **explore) if n else None
             evaluated.append(Evaluated(name, greedy, samples))
     finally:
         console.stop()

@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
     from src.models import MasterWeights
-    from src.reward_model import AceRewardModel
     from src.run_log import RunLog
 
 RESUMABLE = 2  # checkpoints that keep their training state: the newest, and the one before in case it gets damaged
@@ -53,6 +52,8 @@ class Progress:
     sigma_bar: RunningMean = field(default_factory=RunningMean)
     min_rm: float = 0.0  # bounds of the reward model's scores, from the warmup
     max_rm: float = 0.0
+    rm_failed: int = 0  # responses that it could not score, and that lost their start
+    rm_truncated: int = 0
     accuracies: list[float] = field(default_factory=list)  # held-out, so far
     skipped_in_a_row: int = 0  # optimizer steps until now that were skipped because something was not finite
     problems: int = 0  # of the data
@@ -61,7 +62,6 @@ class Progress:
     wandb_id: str | None = None
 
     # Filled in by `Checkpoints.snapshot`
-    reward_model_counts: dict[str, int] = field(default_factory=dict)
     python_gauss: float | None = None  # of Python's own generator
     written: dict[str, int] = field(default_factory=dict)  # bytes of the run's files
     randomness: dict[str, torch.Tensor] = field(default_factory=dict)  # states of all other random generators
@@ -85,7 +85,6 @@ class Checkpoints:
         master: The weights that are trained.
         optimizer: Of these.
         generators: Random generators of the run, by name.
-        reward_model: Its counters go on.
         keep: Checkpoints to keep, the newest ones; 0 keeps all. Of these the newest two can be resumed from, the others hold
             weights alone.
     """
@@ -98,17 +97,14 @@ class Checkpoints:
         master: MasterWeights,
         optimizer: torch.optim.Optimizer,
         generators: dict[str, torch.Generator],
-        reward_model: AceRewardModel | None,
         keep: int,
     ):
         self.run, self.model, self.tokenizer, self.master, self.optimizer = run, model, tokenizer, master, optimizer
-        self.generators, self.reward_model, self.keep = generators, reward_model, keep
+        self.generators, self.keep = generators, keep
 
     def snapshot(self, progress: Progress) -> Progress:
-        """A copy of the progress with everything else that a step changes before its update: generators and counters."""
+        """A copy of the progress, with the state of every random generator: all that a step changes before its update."""
         now = copy.deepcopy(progress)
-        if self.reward_model:
-            now.reward_model_counts = {"failed": self.reward_model.failed, "truncated": self.reward_model.truncated}
         version, numbers, now.python_gauss = random.getstate()
         assert version == 3
         name, keys, position, has_gauss, cached = numpy.random.get_state()
@@ -160,7 +156,7 @@ class Checkpoints:
         return is_resumable(self.run.folder / f"step_{step}")
 
     def load(self, folder: Path) -> Progress:
-        """Put weights, optimizer, generators and counters back to where a checkpoint had them.
+        """Put weights, optimizer and random generators back to where a checkpoint had them.
 
         Raises:
             InputError: It is of another model.
@@ -198,9 +194,6 @@ class Checkpoints:
             torch.cuda.set_rng_state_all(cuda)
         for name, generator in self.generators.items():
             generator.set_state(states[f"generator.{name}"])
-        for name, count in progress.reward_model_counts.items():
-            if self.reward_model:
-                setattr(self.reward_model, name, count)
 
     def _tensors(self) -> dict[str, dict[str, torch.Tensor]]:
         """File by file, what is trained and the optimizer's state of it, by the weights' names."""

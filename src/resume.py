@@ -79,11 +79,8 @@ def resumed_settings(main: Callable, given: dict[str, Any]) -> dict[str, Any]:
                 f"{_flag(name)} {settings[name]}: has changed since the run read it; put the old file back, or name it again "
                 f"({_flag(name)} {settings[name]}) to go on with it as it is"
             )
-    changed = changes(saved, settings)
-    kept = [name for name in saved if name not in given and name not in MAY_DIFFER and saved[name] != defaults[name]]
-    listed = ", ".join(f"{name}={saved[name]}" for name in kept)
-    print(f"resuming {folder}: its config.json decides, not main()'s defaults ({listed or 'they agree'})", flush=True)
-    for name, (old, new) in changed.items():
+    print(f"resuming {folder}: its config.json decides, not main()'s defaults", flush=True)
+    for name, (old, new) in changes(saved, settings).items():
         print(f"given anew: {name}={new} in place of {old}", flush=True)
     return settings
 

@@ -3,11 +3,14 @@
 They get the numbers of metrics.jsonl by the same names; that file stays the source of truth.
 """
 
+import contextlib
 import importlib.util
+import io
 from pathlib import Path
 
 from accelerate import Accelerator
 
+from src.console import say
 from src.errors import InputError
 
 INSTALL = {  # what to say where a tracker's package is missing
@@ -62,15 +65,18 @@ def start_trackers(
     """
     plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in hyperparameters.items()}
     accelerator.project_configuration.logging_dir = str(folder / "tensorboard")
-    accelerator.init_trackers(
-        project or PROJECT,
-        plain,
-        {
-            "wandb": dict(name=folder.name, dir=str(folder), id=wandb_id, resume="allow" if wandb_id else None),
-            "tensorboard": dict(purge_step=step or None),
-            "trackio": dict(name=folder.name, resume="allow" if step else "never"),
-        },
-    )
+    options = {
+        "wandb": dict(name=folder.name, dir=str(folder), id=wandb_id, resume="allow" if wandb_id else None),
+        "tensorboard": dict(purge_step=step or None),
+        "trackio": dict(name=folder.name, resume="allow" if step else "never"),
+    }
+    with contextlib.redirect_stdout(io.StringIO()):  # trackio's greeting is coloured, on a terminal or not
+        accelerator.init_trackers(project or PROJECT, plain, options)
+    names = [tracker.name for tracker in accelerator.trackers]
+    if "tensorboard" in names:
+        say(f"TensorBoard: tensorboard --logdir {folder / 'tensorboard'}")
+    if "trackio" in names:
+        say(f"trackio: trackio show --project {project or PROJECT}")
     if not accelerator.is_main_process:
         return None
     return next((tracker.run.id for tracker in accelerator.trackers if tracker.name == "wandb"), None)

@@ -92,10 +92,8 @@ def policy_folder(tmp_path_factory, tokenizer) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def reward_model_folder(tmp_path_factory, tokenizer) -> Path:
-    """A saved random Qwen2 sequence classifier, AceMath-7B-RM's architecture, as --reward-model-name takes it."""
-    folder = tmp_path_factory.mktemp("models") / "tiny-qwen2-rm"
+def make_reward_model() -> Qwen2ForSequenceClassification:
+    """Random Qwen2 sequence classifier with one label, AceMath-7B-RM's architecture."""
     torch.manual_seed(1)
     config = Qwen2Config(
         vocab_size=VOCABULARY,
@@ -111,7 +109,14 @@ def reward_model_folder(tmp_path_factory, tokenizer) -> Path:
         pad_token_id=2,
         use_sliding_window=False,
     )
-    Qwen2ForSequenceClassification(config).save_pretrained(folder)
+    return Qwen2ForSequenceClassification(config)
+
+
+@pytest.fixture(scope="session")
+def reward_model_folder(tmp_path_factory, tokenizer) -> Path:
+    """A saved random reward model with its tokenizer, as --reward-model-name takes it."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-qwen2-rm"
+    make_reward_model().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -43,7 +43,7 @@ def test_an_unknown_flag_or_a_wrong_type_fails_before_anything_loads(flags, mess
 
 def test_bad_input_is_one_line_without_a_stack_trace():
     done = run_command("train.py", "--temperature", "0")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("error: --temperature 0.0: must be")
     assert "Traceback" not in done.stderr and "Loading" not in done.stdout
 

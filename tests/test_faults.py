@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -189,8 +190,8 @@ def test_a_clock_that_jumps_changes_nothing(tiny, monkeypatch):
 # ----------------------------------------------------------------------------------------------------------- numbers
 
 
-def poison(monkeypatch, at: set[int], row: int = 1) -> None:
-    """Make the loss of a completion nan in some optimizer steps, counted from 1."""
+def poison(monkeypatch, at: set[int], what: str = "loss") -> None:
+    """Make the loss of the second completion of a pass, or the gradient of all, nan in some optimizer steps, counted from 1."""
     real, calls = train.policy_loss, []
 
     def policy_loss(*args):
@@ -198,21 +199,26 @@ def poison(monkeypatch, at: set[int], row: int = 1) -> None:
         calls.append(1)
         if len(calls) in at:
             losses = losses.clone()
-            losses[row, -1] = torch.nan
+            if what == "loss":
+                losses[1, -1] = torch.nan
+            else:
+                losses.register_hook(lambda gradient: gradient * torch.nan)
         return losses, clipped
 
     monkeypatch.setattr(train, "policy_loss", policy_loss)
 
 
-def test_an_update_that_is_not_finite_is_skipped_and_its_completions_are_named(tiny, monkeypatch, capsys):
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_an_update_that_is_not_finite_is_skipped_and_its_completions_are_named(tiny, monkeypatch, capsys, what):
     settings = tiny | dict(train_batch_size=8, dtype="float32", checkpoint_interval=1, keep_checkpoints=0, max_steps=3)
-    poison(monkeypatch, {2})
+    poison(monkeypatch, {2}, what)
     run = train.main(**settings)
     rows = metrics_of(run)
     assert [row["policy/skipped_updates"] for row in rows] == [0, 1, 0]
     assert all(value is not None for row in rows for value in row.values())
     warning = next(line for line in capsys.readouterr().out.splitlines() if "not finite" in line)
-    assert "They had the step's completions 1 " in warning
+    named = "[0-7]" if what == "loss" else "0, 1, 2, 3, 4, 5, 6, 7"  # a gradient is the sum of them all
+    assert re.search(f"They had the step's completions {named} ", warning)
     before, skipped, after = (load_file(run / f"step_{step}/model.safetensors") for step in (1, 2, 3))
     assert all(torch.equal(before[name], skipped[name]) for name in before)
     assert not all(torch.equal(skipped[name], after[name]) for name in before)

@@ -132,7 +132,7 @@ def test_counts_and_metrics():
     with MathVerifier() as verifier:
         completions = ["8", "The answer is 9.", "nothing to be found in here", *[EXPRESSION[0]] * 2]
         verifier.verify_batch([""] * 5, completions, ["8", "8", "8", *[EXPRESSION[1]] * 2])
-        expected = {"fast": 2, "symbolic": 2, "timeouts": 0, "restarts": 0, "extracted_frac": 0.8}
+        expected = {"fast": 2, "symbolic": 2, "timeouts": 0, "restarts": 0, "errors": 0, "extracted_frac": 0.8}
         assert verifier.metrics() == {f"verifier/{name}": value for name, value in expected.items()}
         assert set(verifier.metrics().values()) == {0.0}
 

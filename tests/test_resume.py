@@ -143,8 +143,9 @@ def slow_write():
 def test_a_signal_saves_at_once_and_the_run_goes_on_exactly(settings, tmp_path, signum):
     straight = train.main(**settings | dict(run_name="straight", dtype="float32"))
     stopped, lines = Path(settings["output"]) / "stopped", tmp_path / "lines"
+    lines.touch()
     process = processes.start(flags_of(settings | dict(run_name="stopped", checkpoint_interval=100)), lines, slow_rollout)
-    processes.wait_for(lambda: has_steps(stopped, 3))
+    processes.wait_for(lambda: "in the fourth rollout" in lines.read_text())
     os.kill(process.pid, signum)
     assert processes.finish(process, 20) == {signal.SIGTERM: 143, signal.SIGINT: 130}[signum], lines.read_text()
     assert f"{signum.name}: saving; once more to end at once" in lines.read_text()
@@ -166,7 +167,9 @@ def slow_rollout():
     def roll_out(*args, **kwargs):
         calls.append(1)
         result = real(*args, **kwargs)
-        time.sleep(60 if len(calls) == 4 else 0)
+        if len(calls) == 4:
+            print("in the fourth rollout", flush=True)
+            time.sleep(60)
         return result
 
     train.roll_out = roll_out
@@ -271,6 +274,14 @@ def test_a_run_without_a_checkpoint_yet_begins_again_in_its_folder(tiny):
     kill_at("update", 3, **tiny | dict(max_steps=3))
     run = train.main(resume=str(Path(tiny["output"]) / "run"))
     assert_same_run(straight, run, 3)
+
+
+def test_weights_and_biases_goes_on_with_the_same_run(tiny, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run = train.main(**tiny | dict(wandb_project="test", max_steps=1))
+    train.main(resume=str(run), max_steps=2)
+    name = json.loads((run / "step_2/training_state/state.json").read_text())["wandb_id"]
+    assert name and {path.stem.rsplit("-", 1)[1] for path in run.glob("wandb/offline-run-*/*.wandb")} == {name}
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints

@@ -23,7 +23,7 @@ def metrics_of(run: Path) -> list[dict]:
 
 
 def rollouts_of(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "rollouts.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (run / "rollouts.jsonl").open()]  # not splitlines: completions hold any character
 
 
 def without_times(rows: list[dict], prefixes=("time/",)) -> list[dict]:
@@ -365,6 +365,7 @@ def test_a_run_is_never_overwritten(tiny):
         ('{"question": "a", "answer": "thinking ####"}\n', "line 1: nothing follows the ####"),
         ('["question", "answer"]\n', "line 1: no 'question'"),
         ('{"question": "a", "answer": ' + "9" * 5000 + "}\n", "line 1: not JSON"),
+        ("[" * 100_000, "line 1: not JSON"),
     ],
 )
 def test_bad_data_is_refused_with_file_and_line(tmp_path, content, message):

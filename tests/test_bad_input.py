@@ -1,0 +1,139 @@
+"""Hundreds of generated bad settings and data files: each ends in one message and status 2, and no file is touched."""
+
+import json
+import math
+import random
+import string
+import sys
+from pathlib import Path
+
+import pytest
+
+import train
+from tests.conftest import as_flags
+
+CASES = 500
+KINDS = ("number", "word", "combination", "line", "bytes", "path", "resume")
+
+
+def bad_number(draw: random.Random) -> dict:
+    """A hyperparameter outside of its range."""
+    integers = (
+        "epochs", "train_batch_size", "micro_batch_size", "epochs_per_step", "rollouts_per_step", "group_size", "max_length",
+        "warmup_samples", "checkpoint_interval", "max_steps", "max_new_tokens", "max_skipped_updates",
+    )  # fmt: skip
+    positive = ("lr", "max_norm", "eps", "temperature", "top_p", "clip_eps")
+    not_negative = ("weight_decay", "kl_weight", "alpha", "beta", "w_min", "w_max", "k", "keep_checkpoints", "lora_rank", "seed")
+    whole = ("keep_checkpoints", "lora_rank", "seed")
+    name = draw.choice(integers + positive + not_negative)
+    if name in integers or name in whole:
+        return {name: draw.choice([-1, -draw.randrange(1, 10**12)] + [0] * (name in integers))}
+    below = [-draw.random() - 1e-9, -1e300, math.nan, math.inf, -math.inf]
+    return {name: draw.choice(below + [0.0] * (name in positive))}
+
+
+def bad_word(draw: random.Random) -> dict:
+    """No such choice, no such type, no such flag: only the command line can be given these."""
+    word = "".join(draw.choices(string.ascii_letters + string.digits + "é§ €", k=draw.randrange(1, 30)))
+    name = draw.choice(
+        ["device", "dtype", "lr_schedule", "advantage_scale", "reward_mode", "reward_scorer", "rm_bounds", "lr", "group_size",
+         "epochs", "max_steps", "top_p", "seed", "no_such_flag", "gradient_checkpointing_", "learning_rate"]
+    )  # fmt: skip
+    return {name: word + "x"}
+
+
+def bad_combination(draw: random.Random) -> dict:
+    """Values that are fine one by one."""
+    return draw.choice([
+        dict(train_batch_size=draw.choice([3, 5, 7, 16, 1000])),
+        dict(rollouts_per_step=draw.randrange(17, 10**6), train_batch_size=1),
+        dict(eval_interval=draw.randrange(1, 100)),
+        dict(max_length=draw.choice([2, 10, 30, 513, 10**9])),
+        dict(w_min=draw.uniform(2.1, 10)),
+        dict(reward_mode="rm"),
+        dict(reward_model_device=draw.choice(["cuda", "offload"]), reward_model_name="embedded"),
+        dict(device="mps" if sys.platform == "linux" else "cuda"),
+        dict(seed=2**32 + draw.randrange(10**6)),
+    ])  # fmt: skip
+
+
+def bad_line(draw: random.Random) -> bytes:
+    """A data file in which one line is no problem."""
+    lines = [json.dumps({"question": f"What is {i} + {i}?", "answer": str(2 * i)}) for i in range(1, 9)]
+    bad = draw.choice([
+        "{", "[]", "null", "3", '"text"', "{}", '{"question": "a"}', '{"answer": "1"}', '{"question": "", "answer": "1"}',
+        '{"question": "a", "answer": ""}', '{"question": "a", "answer": []}', '{"question": {"a": 1}, "answer": "1"}',
+        '{"question": "a", "answer": true}', '{"question": "a", "answer": "####"}', '{"question": "a", "answer": "\\\\frac{"}',
+        '{"question": "a", "answer": "9^9^9^9"}', '{"question": "a", "answer": ' + "1" * 5000 + "}", "[" * 100_000,
+        '{"question": "a", "answer": "' + "7" * 1000 + '"}', '{"question": "' + "long " * 200 + '", "answer": "1"}',
+        lines[0][: draw.randrange(1, len(lines[0]) - 1)], "".join(draw.choices(string.printable.strip(), k=40)),
+    ])  # fmt: skip
+    lines.insert(draw.randrange(len(lines) + 1), bad)
+    return "\n".join(lines).encode()
+
+
+def bad_bytes(draw: random.Random) -> bytes:
+    """A file that is no text, or has none."""
+    wide = '{"question": "a", "answer": "1"}'.encode("utf-16")
+    return draw.choice([b"", b"\n\n \n", draw.randbytes(300), wide, b"\x00" * 50, b"PK\x03\x04"])
+
+
+def bad_path(draw: random.Random, folder: Path) -> dict:
+    """A path to nothing, or to something else."""
+    (folder / "a-file").write_text("text")
+    path = draw.choice(["nowhere", "", "a-file", "a-folder/x", "a\nb", "é" * 100, "x" * 300, "hf:", "hf:a:b:c:d", "."])
+    (folder / "a-folder").mkdir(exist_ok=True)
+    name = draw.choice(["data", "eval_data", "model_name", "output"])
+    if name == "output":
+        return {"output": str(folder / "a-file" / "below")}
+    if name == "model_name":
+        return {name: str(folder / draw.choice(["nowhere", "a-file", "a-folder"]))}
+    return {name: path if path.startswith("hf:") else str(folder / path)}
+
+
+def bad_resume(draw: random.Random, folder: Path) -> dict:
+    """A run that is none."""
+    run = folder / "broken-run"
+    run.mkdir(exist_ok=True)
+    content = draw.choice(["", "{", "[]", "3", '{"hyperparameters": 3}', '{"hyperparameters": {"data": "nowhere"}}', "\x00"])
+    (run / "config.json").write_text(content)
+    return dict(resume=str(draw.choice([run, run / "step_3", folder / "nowhere", folder, folder / "a-file"])))
+
+
+@pytest.fixture
+def case(tmp_path, tiny):
+    """Settings of one case by its number, and a look at every file there is."""
+
+    def settings(number: int) -> tuple[str, dict]:
+        draw, kind = random.Random(number), KINDS[number % len(KINDS)]
+        data = tmp_path / "data.jsonl"
+        if kind in ("line", "bytes"):
+            data.write_bytes(bad_line(draw) if kind == "line" else bad_bytes(draw))
+            return kind, tiny | {draw.choice(["data", "eval_data"]): str(data)}
+        make = dict(number=bad_number, word=bad_word, combination=bad_combination).get(kind)
+        change = make(draw) if make else dict(path=bad_path, resume=bad_resume)[kind](draw, tmp_path)
+        return kind, (change if kind == "resume" else tiny | change)
+
+    return settings
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_generated_bad_input_ends_in_one_message(case, tmp_path, monkeypatch, capfd):
+    for number in range(CASES):
+        kind, settings = case(number)
+        before = snapshot(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["train.py", *as_flags(settings)])
+        with pytest.raises(SystemExit) as end:
+            train.cli()
+        out, err = capfd.readouterr()
+        shown = f"case {number}, {kind}: {settings}\n{out}\n{err}"
+        assert end.value.code == 2, shown
+        assert "Traceback" not in out + err, shown
+        message = (out + err).strip()
+        assert message and message.count("\n") < 24 and max(map(len, message.splitlines())) < 2000, shown  # one screen
+        assert "\x1b" not in message, shown
+        assert snapshot(tmp_path) == before, shown
+        assert not Path(settings.get("output", tmp_path / "output")).exists(), shown
