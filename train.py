@@ -1113,10 +1113,13 @@ def evaluate_only(
                 max_length=max_length, max_new_tokens=max_new_tokens, stop_ids=stop_ids, pad_id=stop_ids[0],
             )  # fmt: skip
             console.phase("greedy")
-            greedy = compute(1, batch_size, temperature=0.0, top_p=1.0, generator=None)
-            console.phase(f"{n} samples")
-            generator = torch.Generator(device).manual_seed(seed)
-            samples = compute(n, batch_size, generator=generator, **explore) if n else None
+            greedy, batch_size = fit_memory(functools.partial(compute, 1, temperature=0.0, top_p=1.0, generator=None), batch_size)
+            samples = None
+            if n:
+                console.phase(f"{n} samples")
+                generator = torch.Generator(device).manual_seed(seed)
+                sampled = functools.partial(compute, n, generator=generator, **explore)
+                samples, batch_size = fit_memory(sampled, batch_size)
             evaluated.append(Evaluated(name, greedy, samples))
     finally:
         console.stop()

@@ -20,7 +20,7 @@ from rich.text import Text
 from src.run_log import Scores
 
 PLAIN_WIDTH = 120  # columns of a table that is not on a terminal
-NARROW = 80  # columns below which a terminal shows no bar, only its figures
+ROOM_FOR_BAR, ROOM_FOR_SPEED = 80, 60  # columns that a terminal needs to show them beside phase and time left
 SAMPLES_SHOWN = 3
 SAMPLE_CHARS = 300  # of a completion that is shown as a sample; its middle is left out
 FIRST_AND_LAST = 5  # steps that the summary takes the means of
@@ -66,9 +66,9 @@ def start(total: int, unit: str, done: int = 0) -> None:
     columns = [
         SpinnerColumn("line"),
         _Shown(lambda task: f"{unit} {min(int(task.completed) + 1, total)}/{total}"),
-        *([BarColumn(bar_width=20)] if console.width >= NARROW else []),
+        *([BarColumn(bar_width=20)] if console.width >= ROOM_FOR_BAR else []),
         _Shown(lambda task: task.description),
-        _Shown(lambda task: task.fields["speed"]),
+        *([_Shown(lambda task: task.fields["speed"])] if console.width >= ROOM_FOR_SPEED else []),
         _Shown(_time_left),
     ]
     _bar = Progress(*columns, console=console, transient=True, refresh_per_second=4)
