@@ -61,6 +61,7 @@ from src.hybrid_reward import (
 from src.logprobs import completion_log_probs, micro_batches
 from src.math_verifier import MathVerifier, ground_truth_of
 from src.memory import Plan, check_fits, free_memory, keep_freed_memory, measure
+from src.patient_stream import PatientStream
 from src.resume import changes, file_hash, named_flags, read_config, resumable
 from src.reward_model import AceRewardModel, RewardModelChoice, choose_reward_model
 from src.rollout import fit_memory, roll_out
@@ -1136,6 +1137,7 @@ def cli() -> None:
     Exits with status 2 where input cannot work, 1 where training cannot go on, 130 after Ctrl-C and 143 after SIGTERM.
     """
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a letter is no reason to stop
+    sys.stdout = PatientStream(sys.stdout)
     signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))  # before training, where nothing is to be saved
     settings = tyro.cli(functools.wraps(main)(lambda **settings: settings))
     defaults = {name: p.default for name, p in inspect.signature(main).parameters.items()}

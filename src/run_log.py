@@ -49,9 +49,9 @@ class RunLog:
                     raise InputError(f"--run-name {folder.name}: another run has just taken {folder}; give another name")
                 self.folder = self.folder.with_name(self.folder.name + "b")
             self._files = {name: (self.folder / name).open("ab", buffering=0) for name in FILES}
+            self._lock()
             self._pending = dict.fromkeys(FILES, b"")
             self._sizes = {name: (self.folder / name).stat().st_size for name in FILES}
-            self._lock()
             if config is not None:
                 self._write_config(config | environment())
         except OSError as error:
@@ -65,9 +65,18 @@ class RunLog:
             sizes: From `sync`, at the checkpoint; none where the run goes on from its beginning.
             changed: Old and new value of the hyperparameters that are not as before.
             config: What replaces its entries in config.json.
+
+        Raises:
+            InputError: The files cannot be written.
         """
         if not self.writes:
             return
+        try:
+            self._go_on(step, sizes, changed, config)
+        except OSError as error:
+            raise InputError(f"{self.folder} cannot be written ({error.strerror}); its checkpoints are whole") from None
+
+    def _go_on(self, step: int, sizes: dict[str, int], changed: dict[str, list], config: dict) -> None:
         for name, file in self._files.items():
             size = sizes.get(name, 0)
             if self._sizes[name] < size:
@@ -81,7 +90,10 @@ class RunLog:
 
     def _write_config(self, config: dict) -> None:
         aside = self.folder / ".config.json.partial"
-        aside.write_text(json.dumps(config, indent=2) + "\n")
+        with aside.open("w") as file:
+            file.write(json.dumps(config, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         aside.rename(self.folder / "config.json")
 
     def _lock(self) -> None:
@@ -89,7 +101,8 @@ class RunLog:
         try:
             fcntl.flock(self._files["metrics.jsonl"], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self.close()
+            for file in self._files.values():
+                file.close()
             raise InputError(f"{self.folder}: another process is writing to this run; stop it, or wait for its end") from None
         except OSError:  # a file system without locks
             print(f"warning: {self.folder} cannot be locked here; see to it that no two processes write to it", flush=True)
@@ -118,7 +131,9 @@ class RunLog:
 
     def close(self) -> None:
         """Let go of the files."""
-        for file in self._files.values() if self.writes else ():
+        for name, file in self._files.items() if self.writes else ():
+            with contextlib.suppress(OSError):  # lines that still wait
+                self._write(name)
             file.close()
 
     def _append(self, name: str, rows: Iterable[dict]) -> None:

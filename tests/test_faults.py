@@ -73,7 +73,7 @@ def disk_that_is_full(folder: Path) -> tuple:
 def files_that_may_not_grow(_: Path) -> tuple:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     set_limit = lambda soft: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, limits[1]))  # noqa: E731
-    return lambda: set_limit(2000), lambda: set_limit(limits[0])
+    return lambda: set_limit(1000), lambda: set_limit(limits[0])
 
 
 def check_a_run_survives(tiny, monkeypatch, capsys, folder, fault, message):
@@ -107,6 +107,39 @@ def test_a_disk_that_is_full_at_the_end_is_no_success(tiny, monkeypatch, capsys,
     free()
     run = train.main(resume=str(small_disk / "run"))
     assert_same_run(train.main(**tiny | dict(max_steps=4, run_name="straight")), run, 4)
+
+
+def full_at_the_third_update():
+    """The disk that the lines go to is full from the third update to the fifth."""
+    fill, free = disk_that_is_full(Path(os.readlink("/proc/self/fd/1")).parent)
+    real, calls = train.update, []
+
+    def update(*args, **kwargs):
+        calls.append(1)
+        {3: fill, 5: free}.get(len(calls), int)()
+        return real(*args, **kwargs)
+
+    train.update = update
+
+
+def test_a_log_file_on_a_full_disk_stops_no_run_and_loses_no_line(tiny, small_disk):
+    status, text = processes.run(as_flags(tiny | dict(max_steps=6)), small_disk / "lines", full_at_the_third_update)
+    assert status == 0, text
+    assert [line[0] for line in text.splitlines() if ": kl=" in line] == list("012345")
+
+
+def test_resuming_on_a_full_disk_is_refused_and_leaves_the_run_as_it_was(tiny, capsys):
+    run = train.main(**tiny)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name[0] != "."}
+    begin, end = files_that_may_not_grow(run)
+    begin()
+    try:
+        with pytest.raises(InputError, match=r"run cannot be written \(File too large\); its checkpoints are whole"):
+            train.main(resume=str(run), max_steps=3)
+    finally:
+        end()
+    assert {path: path.read_bytes() for path in before} == before
+    assert len(metrics_of(train.main(resume=str(run), max_steps=3))) == 3
 
 
 def test_an_output_folder_that_is_read_only_is_refused_at_once(tiny, small_disk, tmp_path):
