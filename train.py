@@ -45,7 +45,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from src import console, models, parallel
 from src.checkpoint import Checkpoints, Progress, find_checkpoint, read_progress, save_model, set_aside_later
 from src.errors import InputError, TrainingError
-from src.evaluation import Evaluated, answer, answer_metrics, describe, report_evaluation
+from src.evaluation import Evaluated, answer, answer_metrics, describe, evaluate_policy, report_evaluation
 from src.grpo import compute_advantages, kl_estimate, policy_loss, token_weights
 from src.hybrid_reward import (
     RunningMean,
@@ -1100,7 +1100,7 @@ def evaluate_only(
         load_skeleton(name, flag, dtype, max_length)
         tokenizer = models.load_tokenizer(name, flag)
         ready.append((flag, name, tokenizer, encode_prompts(tokenizer, problems, system_prompt, max_length)))
-    evaluated, explore = [], dict(temperature=temperature, top_p=top_p)
+    evaluated: list[Evaluated] = []
     console.start(len(problems) * (1 + n) * len(ready), "completion")
     try:
         for flag, name, tokenizer, prompt_ids in ready:
@@ -1109,19 +1109,13 @@ def evaluate_only(
             policy = models.load_policy(name, device, flag).requires_grad_(False)
             models.MasterWeights(policy, dtype)  # rounds it as training does; there is nothing to train
             stop_ids = models.stop_token_ids(policy, tokenizer)
-            compute = functools.partial(
-                answer, policy, tokenizer, verifier, *texts_of(problems), prompt_ids, progress=console.advance,
-                max_length=max_length, max_new_tokens=max_new_tokens, stop_ids=stop_ids, pad_id=stop_ids[0],
+            evaluated.append(
+                evaluate_policy(
+                    name, policy, tokenizer, verifier, *texts_of(problems), prompt_ids, n, batch_size, seed,
+                    temperature=temperature, top_p=top_p, max_length=max_length, max_new_tokens=max_new_tokens,
+                    stop_ids=stop_ids, pad_id=stop_ids[0],
+                )
             )  # fmt: skip
-            console.phase("greedy")
-            greedy, batch_size = fit_memory(functools.partial(compute, 1, temperature=0.0, top_p=1.0, generator=None), batch_size)
-            samples = None
-            if n:
-                console.phase(f"{n} samples")
-                generator = torch.Generator(device).manual_seed(seed)
-                sampled = functools.partial(compute, n, generator=generator, **explore)
-                samples, batch_size = fit_memory(sampled, batch_size)
-            evaluated.append(Evaluated(name, greedy, samples))
     finally:
         console.stop()
         verifier.close()

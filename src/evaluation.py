@@ -9,14 +9,17 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from src import console
 from src.math_verifier import MathVerifier
+from src.rollout import fit_memory
 from src.run_log import environment
 from src.sampler import decode, sample
 
@@ -276,6 +279,33 @@ class Evaluated:
                     }
                 )
         return rows
+
+
+def evaluate_policy(
+    name: str,
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    verifier: MathVerifier,
+    questions: list[str],
+    answers: list[str],
+    prompt_ids: list[list[int]],
+    n: int,
+    batch_size: int,
+    seed: int,
+    *,
+    temperature: float,
+    top_p: float,
+    **sampling,
+) -> Evaluated:
+    """Answer each question greedily, and n times at random; where memory runs out, with fewer completions at once."""
+    compute = partial(answer, policy, tokenizer, verifier, questions, answers, prompt_ids, progress=console.advance, **sampling)
+    console.phase("greedy")
+    greedy, batch_size = fit_memory(partial(compute, 1, temperature=0.0, top_p=1.0, generator=None), batch_size)
+    if n == 0:
+        return Evaluated(name, greedy, None)
+    console.phase(f"{n} samples")
+    explore = dict(temperature=temperature, top_p=top_p, generator=torch.Generator(policy.device).manual_seed(seed))
+    return Evaluated(name, greedy, fit_memory(partial(compute, n, **explore), batch_size)[0])
 
 
 def report_evaluation(folder: Path, settings: dict, questions: list[str], answers: list[str], evaluated: list[Evaluated]) -> None:
