@@ -4,6 +4,7 @@
     python train.py --model-name embedded            SmolLM2-135M-Instruct, no GPU, no hub
     python train.py --reward-scorer tanh             the experimental weight
     python train.py --resume output/RUN              go on with a run that was stopped
+    python train.py --eval-only --eval-data F        how many questions a model answers right
     python train.py --help                           every hyperparameter; they are the parameters of main()
 
 One step: sample G completions for each of Q questions, judge and score each, centre the rewards on their group's mean,
@@ -41,9 +42,10 @@ from accelerate.utils import set_seed
 from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from src import kernels, models, parallel
+from src import console, kernels, models, parallel
 from src.checkpoint import Checkpoints, Progress, find_checkpoint, read_progress, save_model, set_aside_later
 from src.errors import InputError, TrainingError
+from src.evaluation import Evaluated, answer, answer_metrics, describe, evaluate_policy, report_evaluation
 from src.grpo import compute_advantages, kl_estimate, policy_loss, token_weights
 from src.hybrid_reward import (
     RunningMean,
@@ -64,9 +66,10 @@ from src.resume import changes, file_hash, named_flags, read_config, resumable
 from src.reward_model import AceRewardModel, RewardModelChoice, choose_reward_model
 from src.rollout import fit_memory, roll_out
 from src.run_log import RunLog, Scores, choose_folder, completion_metrics, reward_metrics, rollout_rows
-from src.sampler import Samples, sample
+from src.sampler import Samples, decode, sample
 from src.signals import Stopped, StopSignals
 from src.speed import speed_metrics
+from src.trackers import check_trackers, chosen_trackers, log_completions, start_trackers
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -130,7 +133,13 @@ def main(
     resume: str | None = None,
     eval_data: str | None = None,
     eval_interval: int = 0,
+    eval_only: bool = False,
+    eval_samples: int = 8,
+    eval_against: str | None = None,
+    tracker: list[Literal["wandb", "tensorboard", "trackio"]] | None = None,
     wandb_project: str | None = None,
+    sample_interval: int = 10,
+    quiet: bool = False,
 ) -> Path:
     """Train a chat model to do maths by GRPO with a hybrid reward.
 
@@ -195,10 +204,19 @@ def main(
             then the run's own, in its config.json; one that is given as well replaces the run's from there on.
         eval_data: Held-out problems, in the same form as data, answered greedily before the first step and at the end.
         eval_interval: Answer them every so many steps too; 0 = only first and last.
-        wandb_project: Weights & Biases project to log to (WANDB_MODE=offline needs no account); by default none.
+        eval_only: Evaluate model_name on eval_data and end: no training, no reward model.
+        eval_samples: Completions per question, beside the greedy one, from which eval_only estimates pass@k; 0 = none.
+        eval_against: A second model for eval_only, compared with the first question by question.
+        tracker: Where metrics go besides metrics.jsonl: wandb (WANDB_MODE=offline needs no account), tensorboard, trackio, or
+            several of them.
+        wandb_project: Project to log to in Weights & Biases, which it implies, and in trackio; by default hybrid-grpo.
+        sample_interval: Print three completions with their rewards every so many steps, and log all of them to Weights & Biases
+            as a table; 0 = never.
+        quiet: Print warnings and the result alone.
 
     Returns:
-        The run's folder: config.json, metrics.jsonl, rollouts.jsonl, step_<k>/.
+        The run's folder: config.json, metrics.jsonl, rollouts.jsonl, step_<k>/; with eval_only evaluation.json and
+        evaluation.jsonl.
 
     Raises:
         InputError: A value that cannot work, before any training.
@@ -206,10 +224,11 @@ def main(
         TrainingError: The training cannot go on.
     """
     hyperparameters = dict(locals())
+    console.configure(quiet)
     check_hyperparameters(**hyperparameters)
-    problems = read_prompts(data, "--data")
+    problems = [] if eval_only else read_prompts(data, "--data")
     eval_problems = read_prompts(eval_data, "--eval-data") if eval_data else []
-    if len(problems) < rollouts_per_step:
+    if len(problems) < rollouts_per_step and not eval_only:
         raise InputError(
             f"--data {data}: {len(problems)} problems, but --rollouts-per-step is {rollouts_per_step}; add problems or lower it"
         )
@@ -219,7 +238,7 @@ def main(
     verifier = MathVerifier(verifier_method)
     check_answers(verifier, problems + eval_problems)
 
-    accelerator = Accelerator(cpu=device == "cpu", log_with="wandb" if wandb_project else None)
+    accelerator = Accelerator(cpu=device == "cpu", log_with=chosen_trackers(tracker, wandb_project) or None, project_dir=output)
     check_processes(accelerator.num_processes, rollouts_per_step)
     if not accelerator.is_main_process:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (one process speaks, for as long as the others live)
@@ -238,18 +257,22 @@ def main(
     order_generator = torch.Generator().manual_seed(seed)
     sample_generator = torch.Generator(run_device).manual_seed(seed)
 
-    # Memory: what it will take, before anything loads
     transformers.utils.logging.disable_progress_bar()  # of reading weights; downloads keep theirs
+    compute_dtype = models.pick_dtype(run_device, dtype)
+    resolved = {**hyperparameters, "run_device": str(run_device), "compute_dtype": str(compute_dtype)}
+    if eval_only:
+        return evaluate_only(
+            folder, resolved, eval_problems, verifier, run_device, compute_dtype,
+            model_name=model_name, eval_against=eval_against, n=eval_samples, batch_size=rollouts_per_step * group_size,
+            seed=seed, max_length=max_length, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
+            system_prompt=system_prompt,
+        )  # fmt: skip
+
+    # Memory: what it will take, before anything loads
     tokenizer = models.load_tokenizer(model_name)
     prompt_ids = encode_prompts(tokenizer, problems, system_prompt, max_length)
     eval_prompt_ids = encode_prompts(tokenizer, eval_problems, system_prompt, max_length)
-    compute_dtype = models.pick_dtype(run_device, dtype)
-    skeleton = models.skeleton(
-        models.resolve(model_name, "--model-name"), AutoModelForCausalLM, compute_dtype, f"--model-name {model_name}"
-    )
-    positions = getattr(skeleton.config, "max_position_embeddings", max_length)
-    if max_length > positions:
-        raise InputError(f"--max-length {max_length}: must be at most the {positions} positions of {model_name}")
+    skeleton = load_skeleton(model_name, "--model-name", compute_dtype, max_length)
     reward_choice = plan_memory(
         skeleton, prompt_ids, model_name, reward_model_name, run_device, compute_dtype,
         reward_model_device=reward_model_device, reward_model_8bit=reward_model_8bit, reward_mode=reward_mode,
@@ -260,17 +283,17 @@ def main(
 
     # Models
     in_its_place = "" if "tinyllama" in model_name.lower() else f" in its place: {model_name}"
-    print(f"Loading TinyLlama model...{in_its_place}", flush=True)
+    console.say(f"Loading TinyLlama model...{in_its_place}")
     policy = models.load_policy(model_name, run_device)
     model_fingerprint = models.fingerprint(policy)
     compute = f"computes in {str(compute_dtype).removeprefix('torch.')} on {run_device.type}"
-    print(f"policy: {policy.num_parameters() / 1e6:.1f} million weights, trained in float32, {compute}", flush=True)
+    console.say(f"policy: {policy.num_parameters() / 1e6:.1f} million weights, trained in float32, {compute}")
     if run_device.type == "cpu" and kernels.libraries() is None:
-        print(kernels.ABSENT, flush=True)
+        console.say(kernels.ABSENT)
     adapter = models.add_lora(policy, lora_rank) if lora_rank else None  # lives in the policy's layers
     if adapter:
         trained = adapter.get_nb_trainable_parameters()[0]
-        print(f"LoRA of rank {lora_rank}: {trained / 1e6:.2f} million weights are trained", flush=True)
+        console.say(f"LoRA of rank {lora_rank}: {trained / 1e6:.2f} million weights are trained")
     master = models.MasterWeights(policy, compute_dtype)
     reference = None
     if kl_weight > 0:  # with LoRA it is the policy itself with the adapter switched off
@@ -282,7 +305,7 @@ def main(
     sampling = dict(max_length=max_length, max_new_tokens=max_new_tokens, stop_ids=stop_ids, pad_id=stop_ids[0])
     explore = dict(temperature=temperature, top_p=top_p)
 
-    print("Loading reward model and math verifier...", flush=True)
+    console.say("Loading reward model and math verifier...")
     reward_model = load_reward_model(reward_choice)
     if reward_mode == "rm" and reward_model is None:
         raise InputError("--reward-mode rm: the reward model could not be loaded, see above")
@@ -299,7 +322,7 @@ def main(
     if checkpoint:
         check_resumed(read_progress(checkpoint), progress, changed, total_steps, resume)
     config = {
-        "hyperparameters": {**hyperparameters, "run_device": str(run_device), "compute_dtype": str(compute_dtype)},
+        "hyperparameters": resolved,
         "data_sha256": {"data": file_hash(data), "eval_data": file_hash(eval_data)},
     }
     run = RunLog(folder, run_name is None, None if resume else config, accelerator.is_main_process)
@@ -313,19 +336,19 @@ def main(
     if resume:
         set_aside_later(run, progress.step)
         run.go_on(progress.step, progress.written, changed, config)
-        print(f"goes on from {checkpoint or 'the beginning: it has no checkpoint yet'}", flush=True)
-    if wandb_project:
-        options = {"name": run.folder.name, "dir": str(run.folder), "id": progress.wandb_id, "resume": "allow"}
-        accelerator.init_trackers(wandb_project, hyperparameters, {"wandb": options})
-        progress.wandb_id = accelerator.get_tracker("wandb", unwrap=True).id if accelerator.is_main_process else None
+        console.say(f"goes on from {checkpoint or 'the beginning: it has no checkpoint yet'}")
+    if accelerator.log_with:
+        progress.wandb_id = start_trackers(
+            accelerator, wandb_project, run.folder, hyperparameters, progress.step, progress.wandb_id
+        )
     defaults = {name: p.default for name, p in inspect.signature(main).parameters.items()}
     others = ", ".join(f"{name}={value}" for name, value in hyperparameters.items() if value != defaults[name])
-    print(f"settings other than the defaults: {others or 'none'}; all in {run.folder / 'config.json'}", flush=True)
-    print(f"found {len(problems)} matching prompts", flush=True)
+    console.say(f"settings other than the defaults: {others or 'none'}; all in {run.folder / 'config.json'}")
+    console.say(f"found {len(problems)} matching prompts")
 
     # Warmup
     if not warmed_up:
-        print("Running warmup to determine reward model bounds...", flush=True)
+        console.say("Running warmup to determine reward model bounds...")
     if reward_model is not None and not warmed_up:
         warmup_generator = torch.Generator(run_device).manual_seed(seed + 1)
         picked = [i % len(problems) for i in range(warmup_samples)]
@@ -341,16 +364,17 @@ def main(
         progress.min_rm, progress.max_rm = parallel.from_first(bounds)
         count_failures(reward_model, progress)
     # With no reward model every score and both bounds are 0, so r_hat is -alpha or 1 - beta.
-    print(f"RM bounds: min={progress.min_rm:.4f}, max={progress.max_rm:.4f}", flush=True)
+    console.say(f"RM bounds: min={progress.min_rm:.4f}, max={progress.max_rm:.4f}")
 
     # Training
-    print(f"training for {total_steps} steps of {rollouts_per_step} x {group_size} completions", flush=True)
+    console.say(f"training for {total_steps} steps of {rollouts_per_step} x {group_size} completions")
     if max_steps and total_steps < max_steps:
-        print(f"that is less than --max-steps {max_steps}: --epochs {epochs} x {steps_per_epoch} steps come first", flush=True)
+        console.say(f"that is less than --max-steps {max_steps}: --epochs {epochs} x {steps_per_epoch} steps come first")
     at_once = rollouts_per_step * group_size  # completions, as far as memory allows
     before = checkpoints.snapshot(progress)  # what a step that is broken off goes back to
     stop = StopSignals()
     started = time.perf_counter()
+    console.start(total_steps, "step", progress.step)
     try:
         for step in range(progress.step, total_steps + 1):
             stop.begin_step()
@@ -358,13 +382,15 @@ def main(
 
             # Held-out accuracy of the policy after `step` steps: before the first, every interval, after the last.
             if eval_problems and (step in (0, total_steps) or (eval_interval and step % eval_interval == 0)):
-                evaluation, at_once = fit_memory(
-                    lambda size: evaluate(policy, tokenizer, verifier, eval_problems, eval_prompt_ids, size, sampling), at_once
-                )
-                metrics |= evaluation
-                progress.accuracies.append(evaluation["eval/accuracy"])
-                accuracy = f"{100 * evaluation['eval/accuracy']:.1f} % of {len(eval_problems)}, greedy"
-                print(f"held-out accuracy after {step} steps: {accuracy}", flush=True)
+                console.phase("evaluate")
+                compute = functools.partial(
+                    answer, policy, tokenizer, verifier, *texts_of(eval_problems), eval_prompt_ids, 1, temperature=0.0, top_p=1.0,
+                    generator=None, **sampling,
+                )  # fmt: skip
+                answered, at_once = fit_memory(compute, at_once)
+                metrics |= answer_metrics(answered, verifier_method)
+                progress.accuracies.append(metrics["eval/accuracy"])
+                console.say(f"held-out accuracy after {step} steps: {describe(metrics)} of {len(eval_problems)}, greedy")
             if step == total_steps:
                 stop.finish_step()
                 if metrics:
@@ -381,6 +407,7 @@ def main(
             answers = [problems[i].answer for i in chosen for _ in range(group_size)]  # B
 
             # Rollout: G completions for each of Q questions, with the log-prob of every sampled token.
+            console.phase("rollout")
             phase_started = time.perf_counter()
             prompts = [prompt_ids[i] for i in chosen]
             samples, at_once = roll_out(policy, prompts, group_size, at_once, generator=sample_generator, **explore, **sampling)
@@ -388,6 +415,7 @@ def main(
             rollout_s = time.perf_counter() - phase_started
 
             # Score: verdict and reward-model score -> r_hat -> weighted reward; (B,) each.
+            console.phase("score")
             phase_started = time.perf_counter()
             scores = score(
                 verifier, reward_model, questions, answers, completions, group_size,
@@ -401,10 +429,11 @@ def main(
             verifier_metrics["verifier/extracted_frac"] /= parallel.processes()  # each judges as many
             if step == 0 and reward_model is None:  # there was no warmup to see it in
                 warn_of_unread_answers(verifier_metrics, completions, verifier_method)
-            print_rollouts(questions, answers, scores, group_size, step)
+            console.say_rollouts(questions, answers, scores, group_size, step)
 
             # Update: clipped policy-gradient steps over minibatches of train_batch_size completions.
             stop.finish_step()
+            console.phase("update")
             phase_started = time.perf_counter()
             step_lr = lr if lr_schedule == "constant" else lr * (1 - step / total_steps)
             for group in optimizer.param_groups:
@@ -429,22 +458,22 @@ def main(
             metrics["time/step_s"] = time.perf_counter() - step_started
             metrics |= speed_metrics(policy, samples, group_size, epochs_per_step, reference is not None, metrics)
             run.metrics(step, metrics)
-            run.rollouts(rollout_rows(step, questions, answers, completions, samples, scores, advantages))
+            rows = rollout_rows(step, questions, answers, completions, samples, scores, advantages)
+            run.rollouts(rows)
             accelerator.log(metrics, step=step)
-            print(
-                f"{step}: kl={metrics['policy/kl']:.4f}, grad_norm={metrics['policy/grad_norm']:.4f}, "
-                f"right={100 * metrics['reward/rule_mean']:.0f}%, tokens={metrics['completion/len_mean']:.0f}, "
-                f"truncated={100 * metrics['completion/truncated_frac']:.0f}%, {metrics['time/step_s']:.1f} s, "
-                f"{metrics['time/tokens_per_s']:.0f} tokens/s (step {step + 1} of {total_steps})",
-                flush=True,
-            )
+            if sample_interval and step % sample_interval == 0:
+                console.say_samples(rows)
+                log_completions(accelerator, rows, step)
+            console.say_step(step, total_steps, metrics)
+            console.advance(tokens_per_s=metrics["time/tokens_per_s"])
             progress.step = step + 1
             before = checkpoints.snapshot(progress)
             give_up = progress.skipped_in_a_row >= max_skipped_updates
             if progress.step % checkpoint_interval == 0 or progress.step == total_steps or give_up:
+                console.phase("save")
                 saved = checkpoints.save(before)
                 if saved:
-                    print(f"saved {saved}", flush=True)
+                    console.say(f"saved {saved}")
             if give_up:
                 raise TrainingError(
                     f"{progress.skipped_in_a_row} optimizer steps in a row had a loss or gradient that is not finite; none was "
@@ -452,7 +481,7 @@ def main(
                 )
         if adapter and accelerator.is_main_process:
             master.restore(policy)
-            print(f"saved {save_model(run.folder / 'merged', adapter.merge_and_unload(), tokenizer)}", flush=True)
+            console.say(f"saved {save_model(run.folder / 'merged', adapter.merge_and_unload(), tokenizer)}")
         if accelerator.is_main_process and not checkpoints.has(total_steps):
             raise TrainingError(f"the last step is not saved; make room, then go on from {run.folder} with --resume")
     except Stopped:
@@ -461,11 +490,14 @@ def main(
             checkpoints.save(before)
         raise
     finally:
+        console.stop()
         stop.close()
         verifier.close()
         run.close()
         accelerator.end_training()
     minutes = (time.perf_counter() - started) / 60
+    if accelerator.is_main_process:
+        console.say_summary(run.folder)
     accuracies = [f"{100 * accuracy:.1f} %" for accuracy in progress.accuracies]
     change = f"; held-out accuracy {accuracies[0]} -> {accuracies[-1]}" if accuracies else ""
     print(f"done: {total_steps} steps in {minutes:.1f} minutes on {run_device.type}{change}; see {run.folder}", flush=True)
@@ -484,7 +516,8 @@ def check_hyperparameters(**h) -> None:
 
     at_least = dict(
         epochs=1, train_batch_size=1, micro_batch_size=1, epochs_per_step=1, rollouts_per_step=1, max_length=2,
-        warmup_samples=1, checkpoint_interval=1, keep_checkpoints=0, eval_interval=0, seed=0, lora_rank=0, max_skipped_updates=1,
+        warmup_samples=1, checkpoint_interval=1, keep_checkpoints=0, eval_interval=0, eval_samples=0, seed=0, lora_rank=0,
+        max_skipped_updates=1, sample_interval=0,
     )  # fmt: skip
     for name, least in at_least.items():
         if h[name] < least:
@@ -505,6 +538,12 @@ def check_hyperparameters(**h) -> None:
         refuse("seed", "must be below 2**32")
     if h["eval_interval"] and not h["eval_data"]:
         refuse("eval_interval", "needs --eval-data, the problems to evaluate on")
+    if h["eval_only"] and not h["eval_data"]:
+        raise InputError("--eval-only: needs --eval-data, the problems to evaluate on")
+    if h["eval_only"] and h["resume"]:
+        refuse("resume", "does not go with --eval-only; name the checkpoint to evaluate with --model-name")
+    if h["eval_against"] and not h["eval_only"]:
+        refuse("eval_against", "needs --eval-only, which compares it with --model-name")
     if not 0 < h["top_p"] <= 1:
         refuse("top_p", "must be above 0 and at most 1 (1 = sample from all tokens)")
     if not 0 < h["clip_eps"] < 1:
@@ -526,8 +565,8 @@ def check_hyperparameters(**h) -> None:
             "more than a right one; keep the sum at 1 or below",
             flush=True,
         )
-    if h["wandb_project"]:
-        check_wandb()
+    if not h["eval_only"]:
+        check_trackers(chosen_trackers(h["tracker"], h["wandb_project"]))
 
 
 def check_processes(processes: int, rollouts_per_step: int) -> None:
@@ -568,22 +607,16 @@ def check_resumed(had: Progress, has: Progress, changed: dict[str, list], total_
         )
 
 
-def check_wandb() -> None:
-    """Refuse a W&B run that would stop to ask for a login."""
-    import wandb
-
-    settings = wandb.setup().settings
-    if settings.mode not in ("offline", "disabled") and not wandb.api.api_key:
-        raise InputError(
-            "--wandb-project: no W&B login on this machine; run `wandb login`, or set WANDB_MODE=offline to do without an account"
-        )
-
-
 @dataclass
 class Problem:
     question: str
     answer: str  # the ground truth; a GSM8K solution is reduced to what follows its ####
     source: str  # where it stands, for messages
+
+
+def texts_of(problems: list[Problem]) -> tuple[list[str], list[str]]:
+    """Their questions, and their answers."""
+    return [p.question for p in problems], [p.answer for p in problems]
 
 
 def read_prompts(data: str, flag: str) -> list[Problem]:
@@ -688,6 +721,19 @@ def encode_prompts(
     return encoded
 
 
+def load_skeleton(model_name: str, flag: str, dtype: torch.dtype, max_length: int) -> PreTrainedModel:
+    """The policy without its weights.
+
+    Raises:
+        InputError: It cannot be found, or has fewer positions than `max_length`.
+    """
+    skeleton = models.skeleton(models.resolve(model_name, flag), AutoModelForCausalLM, dtype, f"{flag} {model_name}")
+    positions = getattr(skeleton.config, "max_position_embeddings", max_length)
+    if max_length > positions:
+        raise InputError(f"--max-length {max_length}: must be at most the {positions} positions of {model_name}")
+    return skeleton
+
+
 def plan_memory(
     skeleton: PreTrainedModel,
     prompt_ids: list[list[int]],
@@ -742,24 +788,19 @@ def load_reward_model(choice: RewardModelChoice) -> AceRewardModel | None:
         print(f"warning: no reward model, the verifier alone decides: {choice.why}", flush=True)
         return None
     if choice.name is None:
-        print(f"reward model: none, the verifier alone decides ({choice.why})", flush=True)
+        console.say(f"reward model: none, the verifier alone decides ({choice.why})")
         return None
     try:
         reward_model = choice.load()
     except (InputError, RuntimeError) as error:  # no memory for it, above all
         print(f"warning: no reward model, the verifier alone decides: {error}", flush=True)
         return None
-    print(f"reward model: {choice.name} on {choice.where()} ({choice.why})", flush=True)
+    console.say(f"reward model: {choice.name} on {choice.where()} ({choice.why})")
     return reward_model
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Rollout and score
-
-
-def decode(tokenizer: PreTrainedTokenizerBase, samples: Samples) -> list[str]:
-    """Text of each completion, without special tokens."""
-    return tokenizer.batch_decode(samples.completion_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def warn_of_unread_answers(verifier_metrics: dict[str, float], completions: list[str], method: str) -> None:
@@ -1023,49 +1064,67 @@ def share_moved(before: list[tuple[torch.Tensor, torch.Tensor]], after: list[tup
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Evaluate and report
+# Evaluate and print
 
 
-def evaluate(
-    policy: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    verifier: MathVerifier,
+def evaluate_only(
+    folder: Path,
+    settings: dict,
     problems: list[Problem],
-    prompt_ids: list[list[int]],
+    verifier: MathVerifier,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    model_name: str,
+    eval_against: str | None,
+    n: int,
     batch_size: int,
-    sampling: dict,
-) -> dict[str, float]:
-    """Greedy answers to held-out problems. Draws no random number, so training goes on as if it had not been."""
-    right = tokens = finished = 0
-    for start in range(0, len(problems), batch_size):
-        part = problems[start : start + batch_size]
-        samples = sample(
-            policy, prompt_ids[start : start + batch_size], 1, temperature=0.0, top_p=1.0, generator=None, **sampling
-        )
-        verdicts = verifier.verify_batch([p.question for p in part], decode(tokenizer, samples), [p.answer for p in part])
-        right += sum(v["correct"] for v in verdicts)
-        tokens += sum(map(len, samples.completion_ids))
-        finished += int(samples.finished.sum())
-    n = len(problems)
-    parsed = verifier.metrics()["verifier/extracted_frac"]  # and so begins the step's counts at zero
-    return {
-        "eval/accuracy": right / n,
-        "eval/len_mean": tokens / n,
-        "eval/truncated_frac": 1 - finished / n,
-        "eval/extracted_frac": parsed,
-    }
+    seed: int,
+    max_length: int,
+    max_new_tokens: int | None,
+    temperature: float,
+    top_p: float,
+    system_prompt: str | None,
+) -> Path:
+    """Answer held-out problems with one model, or two, greedily and `n` times at random; print and write how many are right.
 
+    Args:
+        folder: From `choose_folder`; made here.
+        settings: The resolved hyperparameters, for evaluation.json.
 
-def print_rollouts(questions: list[str], answers: list[str], scores: Scores, group_size: int, step: int) -> None:
-    """One line a question, then the sum of the step's rewards, in the words that users of this script know."""
-    for start in range(0, len(questions), group_size):
-        group = slice(start, start + group_size)
-        right = int(scores.rule_rewards[group].sum())
-        print(
-            f"rollout q={questions[start]!r}, a={answers[start]!r}, returns={scores.rewards[group].sum():.2f}, "
-            f"replay_buffer_size={start + group_size}, right={right}/{group_size}"
-        )
-    print(f"returns of step {step}: {scores.rewards.sum():.4f}", flush=True)
+    Returns:
+        The folder.
+    """
+    if parallel.processes() > 1:
+        raise InputError("--eval-only: evaluates in one process; start it with python train.py")
+    ready = []
+    for flag, name in (("--model-name", model_name), ("--eval-against", eval_against))[: 2 if eval_against else 1]:
+        load_skeleton(name, flag, dtype, max_length)
+        tokenizer = models.load_tokenizer(name, flag)
+        ready.append((flag, name, tokenizer, encode_prompts(tokenizer, problems, system_prompt, max_length)))
+    evaluated: list[Evaluated] = []
+    console.start(len(problems) * (1 + n) * len(ready), "completion")
+    try:
+        for flag, name, tokenizer, prompt_ids in ready:
+            at_random = f" and {n} times at temperature {temperature}" if n else ""
+            console.say(f"Evaluating {name}: {len(problems)} questions, greedily{at_random}")
+            policy = models.load_policy(name, device, flag).requires_grad_(False)
+            models.MasterWeights(policy, dtype)  # rounds it as training does; there is nothing to train
+            stop_ids = models.stop_token_ids(policy, tokenizer)
+            evaluated.append(
+                evaluate_policy(
+                    name, policy, tokenizer, verifier, *texts_of(problems), prompt_ids, n, batch_size, seed,
+                    temperature=temperature, top_p=top_p, max_length=max_length, max_new_tokens=max_new_tokens,
+                    stop_ids=stop_ids, pad_id=stop_ids[0],
+                )
+            )  # fmt: skip
+    finally:
+        console.stop()
+        verifier.close()
+    folder.mkdir(parents=True, exist_ok=True)
+    report_evaluation(folder, settings, *texts_of(problems), evaluated)
+    print(f"done: see {folder}", flush=True)
+    return folder
 
 
 def cli() -> None:
@@ -1073,6 +1132,7 @@ def cli() -> None:
 
     Exits with status 2 where input cannot work, 1 where training cannot go on, 130 after Ctrl-C and 143 after SIGTERM.
     """
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a letter is no reason to stop
     sys.stdout = PatientStream(sys.stdout)
     signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))  # before training, where nothing is to be saved
     settings = tyro.cli(functools.wraps(main)(lambda **settings: settings))

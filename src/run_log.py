@@ -53,7 +53,7 @@ class RunLog:
             self._pending = dict.fromkeys(FILES, b"")
             self._sizes = {name: (self.folder / name).stat().st_size for name in FILES}
             if config is not None:
-                self._write_config(config | _environment())
+                self._write_config(config | environment())
         except OSError as error:
             raise InputError(f"{folder} cannot be written ({error.strerror}); give a folder of yours with --output") from None
 
@@ -85,7 +85,7 @@ class RunLog:
                 file.truncate(size)
                 self._sizes[name] = size
         before = json.loads((self.folder / "config.json").read_text())
-        entry = {"step": step, "changed": changed, **_environment()}
+        entry = {"step": step, "changed": changed, **environment()}
         self._write_config(before | config | {"resumed": [*before.get("resumed", []), entry]})
 
     def _write_config(self, config: dict) -> None:
@@ -167,7 +167,7 @@ def _claim(folder: Path) -> bool:
     return True
 
 
-def _environment() -> dict:
+def environment() -> dict:
     """What a run is made with, and when."""
     return {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in VERSIONS_OF}},

@@ -7,7 +7,7 @@ its group, then all completions of the step decode in one batch, which finished 
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from src import kernels
 from src.decoder import make_decoder
@@ -98,6 +98,11 @@ def sample(
             rows, token, going = rows[keep], token[keep], going[keep]
         logits = decoder.step(token)
     return _join(prompt_ids, group_size, tokens, log_probs, counts, finished, pad_id)
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, samples: Samples) -> list[str]:
+    """Text of each completion, without special tokens."""
+    return tokenizer.batch_decode(samples.completion_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def _pick(

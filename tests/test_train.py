@@ -116,6 +116,8 @@ def test_evaluation_does_not_disturb_the_trajectory(tiny):
     plain = train.main(**tiny)
     with_eval = train.main(**tiny | dict(run_name="eval", eval_data=tiny["data"], eval_interval=1))
     assert rollouts_of(plain) == rollouts_of(with_eval)
+    trained, as_well = weights(plain / "step_2"), weights(with_eval / "step_2")
+    assert all(torch.equal(trained[name], as_well[name]) for name in trained)
     rows = metrics_of(with_eval)
     assert [row["step"] for row in rows] == [0, 1, 2]  # before each step, and after the last
     assert all(0 <= row["eval/accuracy"] <= 1 for row in rows)

@@ -1,0 +1,131 @@
+"""What a run prints: plain lines when piped, a bar that keeps within a terminal, and nothing that a terminal would obey."""
+
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+import time
+from types import SimpleNamespace
+
+import pytest
+
+import train
+from src import console
+from tests.conftest import ROOT, as_flags, run_command
+
+HOSTILE = "\x1b[31mred\x1b]0;title\x07 \u202eright to left\u202c [bold]markup[/bold]\r\nnext \x9b2J"
+
+
+def rollout(reward: float, completion: str = "It is 8.") -> dict:
+    return dict(
+        question=HOSTILE, answer=HOSTILE, completion=completion, correct=reward > 0, rm_score=-1.5, r_hat=reward, weight=1.25,
+        reward=reward, advantage=0.5 * reward,
+    )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def not_quiet():
+    console.configure(False)
+    yield
+    console.configure(False)
+
+
+def test_samples_show_the_highest_the_middle_and_the_lowest_reward(capsys):
+    console.say_samples([rollout(r) for r in (0.5, -1.0, 2.0, 0.0, 1.0)])
+    lines = capsys.readouterr().out.splitlines()
+    assert [re.search(r" reward=(\S+),", line)[1] for line in lines] == ["2.00", "0.50", "-1.00"]
+    assert "right, rm=-1.50, r_hat=2.00, weight=1.25, reward=2.00, advantage=+1.00: 'It is 8.'" in lines[0]
+    console.say_samples([rollout(1.0)])
+    assert capsys.readouterr().out.count("sample q=") == 1
+
+
+def test_text_from_models_and_data_cannot_command_a_terminal(capsys):
+    import torch
+
+    console.say_samples([rollout(1.0, HOSTILE), rollout(-1.0, HOSTILE * 50)])
+    scores = SimpleNamespace(rule_rewards=torch.ones(1), rewards=torch.ones(1))
+    console.say_rollouts([HOSTILE], [HOSTILE], scores, 1, 0)
+    train.warn_of_unread_answers({"verifier/extracted_frac": 0}, [HOSTILE], "strict")
+    out = capsys.readouterr().out
+    assert all(c.isprintable() for c in out.replace("\n", ""))
+    assert len(out.splitlines()) == 2 + 2 + 1  # and no line of its own
+    assert "\\x1b[31mred" in out and "\\u202e" in out and "[bold]markup[/bold]" in out
+
+
+def test_a_table_is_plain_when_piped_and_keeps_brackets(capsys):
+    console.table(["name", "value [%]"], [["[red]a", "1"], ["b", "22"]])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines] == [["name", "value", "[%]"], ["[red]a", "1"], ["b", "22"]]
+    assert len({len(line) for line in lines}) == 1  # aligned
+
+
+def test_quiet_prints_warnings_and_the_result_alone(tiny, capsys):
+    train.main(**tiny | dict(quiet=True, verifier_method="strict", eval_data=tiny["data"]))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["warning:", "done:"]
+
+
+def test_a_letter_that_standard_output_cannot_show_stops_nothing(tiny, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"question": "Was ergibt 5 + 3, Jürgen? ∑", "answer": "8"}\n' * 2, encoding="utf-8")
+    flags = as_flags(tiny | dict(data=data, max_steps=1))
+    done = run_command("train.py", *flags, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr
+    assert "J\\xfcrgen? \\u2211" in done.stdout
+
+
+def in_terminal(columns: int, *arguments: str) -> str:
+    """What a command writes to a terminal of this width."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    env = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")} | {"TERM": "xterm-256color"}
+    process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, env=env)
+    os.close(theirs)
+    written, began = b"", time.monotonic()
+    while time.monotonic() - began < 120:
+        try:
+            part = os.read(ours, 65536)
+        except OSError:  # its other end is closed
+            break
+        written += part
+    os.close(ours)
+    assert process.wait(timeout=10) == 0, written.decode()
+    return written.decode()
+
+
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+@pytest.mark.parametrize("columns", [120, 40])
+def test_on_a_terminal_a_bar_shows_phase_speed_and_time_left_and_is_gone_at_the_end(tiny, columns):
+    written = in_terminal(columns, "train.py", *as_flags(tiny | dict(max_steps=8, max_new_tokens=60, eval_data=tiny["data"])))
+    lines = re.split(r"[\r\n]+", ESCAPES.sub("", written))
+    frames = [line for line in lines if re.search(r"step \d/8", line)]
+    assert all(len(frame) <= columns for frame in frames), frames
+    assert any(re.search("evaluate|rollout|score|update|save", frame) for frame in frames)
+    assert any(re.search(r"\d:\d\d:\d\d left", frame) for frame in frames)
+    assert any("tokens/s" in frame for frame in frames) == (columns == 120)
+    assert not any("…" in frame for frame in frames)
+    assert written.rfind("\x1b[?25h") >= written.rfind("\x1b[?25l")  # the cursor is there
+    assert "step 9/8" not in written and any(line.startswith("done: 8 steps") for line in lines)
+    assert any(line.startswith("returns of step 7: ") for line in lines)  # the lines are there too, above the bar
+    assert any(line.startswith("╭") for line in lines)  # a framed summary
+
+
+def test_a_terminal_that_cannot_move_its_cursor_gets_plain_lines(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setenv("TERM", "dumb")
+    assert not console.on_terminal()
+    monkeypatch.setenv("TERM", "xterm")
+    assert console.on_terminal()
+
+
+def test_time_left_is_the_mean_of_the_steps_done_here_times_those_to_come(monkeypatch):
+    monkeypatch.setattr(time, "monotonic", lambda: 1000.0)
+    task = SimpleNamespace(completed=12, total=20, start_time=800.0, fields={"done_before": 10})
+    assert console._time_left(task) == "0:13:20 left"  # 2 steps in 200 s, 8 to come
+    assert console._time_left(SimpleNamespace(completed=10, total=20, start_time=800.0, fields={"done_before": 10})) == ""
