@@ -41,17 +41,7 @@ from src import models
 from src.checkpoint import save_checkpoint
 from src.errors import InputError
 from src.grpo import compute_advantages, kl_estimate, policy_loss, token_weights
-from src.hybrid_reward import (
-    RunningMean,
-    clamp_scores,
-    combine_hybrid_score,
-    difficulty_weight,
-    get_final_reward,
-    get_our_final_reward,
-    group_bounds,
-    normalised_score,
-    tanh_weight,
-)
+from src.hybrid_reward import RunningMean, hybrid_rewards
 from src.logprobs import completion_log_probs, micro_batches
 from src.math_verifier import MathVerifier, ground_truth_of
 from src.memory import Plan, check_fits, free_memory, keep_freed_memory, measure
@@ -675,38 +665,17 @@ def score(
     k: float,
     sigma_bar: RunningMean,
 ) -> Scores:
-    """Judge and score B completions; takes this step's sigma_u into `sigma_bar`, then weights by it.
-
-    sigma_u is the std (n - 1) of the group's scores after they are held within the bounds, in units of the reward model.
-    A completion that the reward model fails on gets a neutral score, halfway between the bounds.
-    """
+    """Judge and score B completions; takes this step's sigma_u into `sigma_bar`, then weights by it (`hybrid_rewards`)."""
     verdicts = verifier.verify_batch(questions, completions, answers)
     rule_rewards = torch.tensor([float(v["correct"]) for v in verdicts])
     rm_scores = torch.zeros(len(completions))
     if reward_model is not None:
         rm_scores = reward_model.score_texts(questions, completions)  # nan where it failed
-    if rm_bounds == "warmup":
-        low, high = torch.full_like(rm_scores, min_rm), torch.full_like(rm_scores, max_rm)
-    else:
-        strata = rule_rewards if reward_mode == "hybrid" else torch.zeros_like(rule_rewards)
-        low, high = group_bounds(rm_scores, strata, group_size)
-    rm_scores = torch.where(rm_scores.isnan(), 0.5 * (low + high), rm_scores)
-    held, rm_clamped = clamp_scores(rm_scores, low, high)
-    n = normalised_score(held, low, high, eps)
-    group_sigma = held.view(-1, group_size).std(dim=1)  # (Q,)
-    sigma_bar.update(group_sigma)
-    sigma_u = group_sigma.repeat_interleave(group_size)  # (B,)
-    r_hat = combine_hybrid_score(rule_rewards, held, low, high, eps, alpha, beta)
-    if reward_mode != "hybrid":
-        r_hat = rewards = rule_rewards if reward_mode == "verifier" else n
-        weights = torch.ones_like(r_hat)
-    elif reward_scorer == "sigmoid":
-        weights = difficulty_weight(sigma_bar.mean, sigma_u, w_min, w_max, k)
-        rewards = get_final_reward(r_hat, sigma_bar.mean, sigma_u, w_min, w_max, k)
-    else:
-        weights = tanh_weight(r_hat, w_min, w_max)
-        rewards = get_our_final_reward(r_hat, sigma_bar.mean, sigma_u, w_min, w_max, k)
-    return Scores(verdicts, rule_rewards, rm_scores, rm_clamped, n, sigma_u, r_hat, weights, rewards)
+    parts = hybrid_rewards(
+        rule_rewards, rm_scores, group_size, min_rm=min_rm, max_rm=max_rm, rm_bounds=rm_bounds, alpha=alpha, beta=beta, eps=eps,
+        reward_mode=reward_mode, reward_scorer=reward_scorer, w_min=w_min, w_max=w_max, k=k, sigma_bar=sigma_bar,
+    )  # fmt: skip
+    return Scores(verdicts, rule_rewards, *parts)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
