@@ -181,6 +181,7 @@ def command(
             rm_unit_scores=rm_unit_scores,
         ),
         **run_overrides(h, train_files, val_files),
+        "trainer.v1.sampler.sync_refill_failed_groups": True,  # where the rollout of a question fails, it samples another
         "trainer.n_gpus_per_node": gpus_per_node,
         "trainer.nnodes": nodes,
     }  # fmt: skip
@@ -279,6 +280,7 @@ def hybrid_overrides(h: dict, **of_the_reward_model: object) -> dict[str, object
     return {
         **{f"+algorithm.hybrid.{key}": value for key, value in hybrid.items()},
         "algorithm.adv_estimator": "hybrid",
+        "critic.enable": False,
         "reward.custom_reward_function.path": "pkg://src.verl_plugin",
         "reward.custom_reward_function.name": "compute_score",
         "+reward.custom_reward_function.reward_kwargs": "${algorithm.hybrid}",

@@ -202,8 +202,8 @@ class HybridReward:
                 counted.
 
         Returns:
-            Advantages (B, R), the same at each token of a completion, and once more: verl wants "returns", which only a
-            critic would read.
+            Advantages and rewards, (B, R) each and the same at each token of a completion. verl calls the second returns, which
+            only a critic would read, and logs both.
 
         Raises:
             RuntimeError: More scores failed than rm_max_failed allows, or the rewards are not what `pack` made.
@@ -235,10 +235,10 @@ class HybridReward:
         }
         with self.metrics_file.open("a") as file:
             file.write(json.dumps({"step": self.step, **metrics}) + "\n")
-        advantages = torch.zeros(len(response_mask))
-        advantages[rows] = of_rows
-        advantages = advantages.to(response_mask.device)[:, None] * response_mask  # (B, R)
-        return advantages, advantages
+        both = torch.zeros(2, len(response_mask))
+        both[:, rows] = torch.stack([of_rows, parts.rewards])
+        advantages, rewards = both.to(response_mask.device)[:, :, None] * response_mask  # (B, R) each
+        return advantages, rewards
 
     def check_scores(self, rm_scores: torch.Tensor) -> None:
         """Stop the run where it would train on scores that are none."""
