@@ -6,6 +6,7 @@ import inspect
 import io
 import json
 import math
+import os
 import random
 import re
 import shlex
@@ -25,7 +26,7 @@ from src.hybrid_reward import RunningMean
 from src.math_verifier import MathVerifier
 from src.reward_model import AceRewardModel
 from src.verl_plugin import HybridReward, compute_score, pack, unpack
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_command
 from tests.reward_server import serving
 
 DEFAULTS = {name: p.default for name, p in inspect.signature(train.main).parameters.items()}
@@ -215,9 +216,10 @@ def test_500_groups_have_the_rewards_and_advantages_of_train_py(rollouts, packed
         )  # fmt: skip
         expected = compute_advantages(here.rewards, G, scale)
         roundings = torch.zeros(PER_STEP * G)
-        if scale == "group":  # a group's own std blows up the last bits of its rewards; so would another order of its rows
-            groups = here.rewards.view(-1, G)
-            roundings = (2**-22 * groups.abs().amax(dim=1) / groups.std(dim=1)).repeat_interleave(G)
+        if scale == "group":
+            # A group's own std blows up the last bits of its rewards, as another order of its rows would: roundings of 2^-24 in
+            # place, r_hat, mean and reward, a weight of at most 2.
+            roundings = (2**-22 * 2 / here.rewards.view(-1, G).std(dim=1)).repeat_interleave(G)
             roundings[(roundings < 1e-5) | ~roundings.isfinite()] = 0.0
         data, order = as_verl_has_them([p["score"] for p in packed[part]], [i // G for i in range(PER_STEP * G)], start)
         data = compute_advantage(data, adv_estimator="hybrid", num_repeat=G, config=config.algorithm)
@@ -600,3 +602,54 @@ def test_calibration_finds_the_bounds_of_the_warmup(tmp_path, server, reward_mod
     server.ignores_use_activation = True
     with pytest.raises(InputError, match="all between 0 and 1"):
         verl_command.calibrate(tmp_path / "rollouts.jsonl", **arguments)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A whole run
+
+
+ON_A_CPU = [
+    "trainer.device=cpu", "actor_rollout_ref.rollout.name=cpu", "actor_rollout_ref.actor.strategy=fsdp2",
+    "actor_rollout_ref.actor.fsdp_config.strategy=fsdp2", "actor_rollout_ref.model.use_remove_padding=False",
+    "+actor_rollout_ref.model.override_config.attn_implementation=sdpa", "actor_rollout_ref.actor.use_torch_compile=False",
+    "actor_rollout_ref.actor.fsdp_config.use_torch_compile=False", "actor_rollout_ref.rollout.agent.num_workers=1",
+    "reward.num_workers=1", "data.dataloader_num_workers=0", "transfer_queue.backend.SimpleStorage.num_data_storage_units=1",
+    "ray_kwargs.ray_init.num_cpus=16", "+ray_kwargs.ray_init.num_gpus=1", "+ray_kwargs.ray_init.include_dashboard=False",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_real_steps_of_main_ppo_with_the_printed_command(tmp_path, command_of, server):
+    """Two steps, then a third after a resume, of verl's own main_ppo on a CPU: tests/verl_on_cpu.py says what stands in."""
+    pytest.importorskip("transfer_queue", reason="verl's trainer needs verl[verl-core]")
+    verl_command.convert(ROOT / "data/dummy_math_tasks.jsonl", tmp_path / "problems.parquet")
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "VERL_USE_EXTERNAL_MODULES": "tests.verl_on_cpu",
+        "VERL_ENGINE_DEVICE": "cuda",
+        "OMP_NUM_THREADS": "1",
+    }
+    settings = dict(
+        rollouts_per_step=2, group_size=4, train_batch_size=8, max_length=256, max_new_tokens=8, kl_weight=0.0, dtype="float32",
+        checkpoint_interval=1,
+    )  # fmt: skip
+    for steps in (2, 3):
+        overrides = command_of(
+            settings | {"max_steps": steps},
+            train_files=str(tmp_path / "problems.parquet"),
+            rm_address=server.address,
+            min_rm=-9.0,
+        )
+        done = run_command("-m", "verl.trainer.main_ppo", *overrides, *ON_A_CPU, timeout=280, env=environment)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        lines = [json.loads(line) for line in (tmp_path / "run-verl/hybrid_metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == list(range(1, steps + 1))
+        assert all(line["reward/rm_failed"] == line["reward/incomplete_groups"] == 0 for line in lines)
+        assert all(math.isfinite(value) for line in lines for value in line.values())
+        state = json.loads((tmp_path / f"run-verl/global_step_{steps}/hybrid_state.json").read_text())
+        assert state["step"] == steps and state["sigma_bar"]["count"] == 2 * steps
+        assert state["sigma_bar"]["mean"] == pytest.approx(lines[-1]["reward/sigma_bar"]) != 0
+        rewards = [float(found) for found in re.findall(r"critic/returns/max:(?:np\.float64\()?(-?[\d.]+)", done.stdout)]
+        assert rewards and max(map(abs, rewards)) > 0
+    # As many as train.py would ask for: each completion once, and the four before either run.
+    assert len(server.requests) == 3 * 8 + 2 * 4
