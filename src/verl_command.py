@@ -158,7 +158,10 @@ def command(
         tensor_parallel: GPUs that generate together.
         max_prompt_length: Tokens of a prompt at most; by default half of --max-length. The rest is the completion's.
     """
-    h = json.loads(config.read_text())["hyperparameters"]
+    try:
+        h = json.loads(config.read_text())["hyperparameters"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{config}: not a run's config.json ({type(error).__name__}: {error})") from None
     gpus, policy, scorer = gpus_per_node * nodes, model or h["model_name"], rm_model or h["reward_model_name"]
     if h["reward_mode"] == "verifier" or rm_api == "none":
         rm_api, scorer, rm_address, rm_gpus, min_rm, max_rm = "none", None, None, 0, 0.0, 0.0

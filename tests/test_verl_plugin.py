@@ -554,10 +554,18 @@ def test_what_verl_cannot_do_is_refused(hyperparameters, arguments, message, com
         command_of(hyperparameters, **arguments)
 
 
+def test_the_command_line_says_what_is_wrong_in_one_line(tmp_path):
+    done = run_command("-m", "src.verl_plugin", "command", str(tmp_path / "none.json"), "--train-files", "x.parquet")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith(f"error: {tmp_path}/none.json: not a run's config.json")
+    done = run_command("-m", "src.verl_plugin", "--help")
+    assert all(name in done.stdout for name in ("convert", "calibrate", "command"))
+
+
 def test_every_hyperparameter_has_its_row_in_the_document(command_of):
     """And what the row names is what the command sets; no row without a parameter."""
     rows = re.findall(r"^\| `(\w+)` \| (.+) \|$", (ROOT / "docs/scale-out.md").read_text(), re.MULTILINE)
-    assert [name for name, _ in rows] == list(DEFAULTS)
+    assert sorted(name for name, _ in rows) == sorted(DEFAULTS)
     printed = {override.split("=")[0].lstrip("+").split(".", 1)[-1] for override in command_of()}
     printed |= {override.split("=")[0].lstrip("+") for override in command_of(rm_address=None, rm_gpus=1)}
     for name, row in rows:
