@@ -27,6 +27,8 @@ class NoDevice(types.ModuleType):
         return "cpu"
 
     def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
         return getattr(torch.cpu, name, lambda *_, **__: 0)
 
 
