@@ -162,45 +162,46 @@ def command(
         h = json.loads(config.read_text())["hyperparameters"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{config}: not a run's config.json ({type(error).__name__}: {error})") from None
-    gpus, policy, scorer = gpus_per_node * nodes, model or h["model_name"], rm_model or h["reward_model_name"]
     if h["reward_mode"] == "verifier" or rm_api == "none":
-        rm_api, scorer, rm_address, rm_gpus, min_rm, max_rm = "none", None, None, 0, 0.0, 0.0
-    elif scorer in ("auto", "none", EMBEDDED):
-        raise InputError(f"--rm-model: no server has the run's reward model, {scorer!r}; name one, or give --rm-api none")
-    elif max_rm <= min_rm:
-        raise InputError(f"--min-rm {min_rm} --max-rm {max_rm}: give the bounds that `calibrate` prints")
-    elif bool(rm_address) == bool(rm_gpus):
-        raise InputError("--rm-address, --rm-gpus: give one of the two: a server of yours, or GPUs for verl to serve it on")
-    if policy == EMBEDDED:
-        raise InputError("--model: verl cannot train the embedded model; name one of the Hugging Face hub or a folder")
-    prompt_length = max_prompt_length or h["max_length"] // 2
-    if not 0 < prompt_length < h["max_length"]:
-        raise InputError(f"--max-prompt-length {prompt_length}: must be below the run's max_length {h['max_length']}")
+        served = dict(rm_api="none", rm_address=None, rm_model=None, min_rm=0.0, max_rm=0.0)
+    else:
+        served = dict(
+            rm_api=rm_api, rm_address=rm_address, rm_model=rm_model or h["reward_model_name"], min_rm=min_rm, max_rm=max_rm
+        )
+        check_reward_model(rm_gpus=rm_gpus, **served)
     overrides = {
-        **training_overrides(h, policy, gpus),
-        **rollout_overrides(h, rollout, tensor_parallel, prompt_length),
-        **hybrid_overrides(
-            h, rm_api=rm_api, rm_address=rm_address, rm_model=scorer, min_rm=min_rm, max_rm=max_rm, rm_max_failed=rm_max_failed,
-            rm_unit_scores=rm_unit_scores,
-        ),
+        **training_overrides(h, model or h["model_name"], gpus_per_node * nodes),
+        **rollout_overrides(h, rollout, tensor_parallel, max_prompt_length or h["max_length"] // 2),
+        **hybrid_overrides(h, rm_max_failed=rm_max_failed, rm_unit_scores=rm_unit_scores, **served),
+        **(server_overrides(rm_api, served["rm_model"], rm_gpus) if served["rm_model"] and rm_gpus else {}),
         **run_overrides(h, train_files, val_files),
-        "trainer.v1.sampler.sync_refill_failed_groups": True,  # where the rollout of a question fails, it samples another
         "trainer.n_gpus_per_node": gpus_per_node,
         "trainer.nnodes": nodes,
-    }  # fmt: skip
-    if rm_gpus:
-        served = dict(enable=True, enable_resource_pool=True, n_gpus_per_node=rm_gpus, nnodes=1, model_path=scorer)
-        served |= {"rollout.name": rm_api, "rollout.tensor_model_parallel_size": 1}
-        overrides |= {f"reward.reward_model.{key}": value for key, value in served.items()}
+    }
     print("export PYTHONPATH=$PWD  # on every node, before `ray start`: src.verl_plugin is imported from it")
     words = [shlex.quote(f"{key}={override(value)}") for key, value in overrides.items()]
     print(" \\\n    ".join(["python -m verl.trainer.main_ppo", *words]))
-    for key, why in NO_COUNTERPART.items():
-        print(f"# {key} {h[key]}: no counterpart; {why}")
+    print(*without_counterpart(h, val_files), sep="\n")
+
+
+def check_reward_model(rm_api: str, rm_address: str | None, rm_model: str, min_rm: float, max_rm: float, rm_gpus: int) -> None:
+    """Refuse a reward model that no server could have, or that there is nothing known about."""
+    if rm_model in ("auto", "none", EMBEDDED):
+        raise InputError(f"--rm-model: no server has the run's reward model, {rm_model!r}; name one, or give --rm-api none")
+    if max_rm <= min_rm:
+        raise InputError(f"--min-rm {min_rm} --max-rm {max_rm}: give the bounds that `calibrate` prints")
+    if bool(rm_address) == bool(rm_gpus):
+        raise InputError("--rm-address, --rm-gpus: give one of the two: a server of yours, or GPUs for verl to serve it on")
+
+
+def without_counterpart(h: dict, val_files: str | None) -> list[str]:
+    """What the command leaves out, as comments of a shell."""
+    lines = [f"# {key} {h[key]}: no counterpart; {why}" for key, why in NO_COUNTERPART.items()]
     if h["lr_schedule"] == "linear":
-        print("# lr_schedule linear: no counterpart; a cosine from lr down to 0 stands in")
+        lines.append("# lr_schedule linear: no counterpart; a cosine from lr down to 0 stands in")
     if h["eval_data"] and not val_files:
-        print(f"# eval_data {h['eval_data']}: nothing is evaluated; convert it and give it as --val-files")
+        lines.append(f"# eval_data {h['eval_data']}: nothing is evaluated; convert it and give it as --val-files")
+    return lines
 
 
 def training_overrides(h: dict, policy: str, gpus: int) -> dict[str, object]:
@@ -209,6 +210,8 @@ def training_overrides(h: dict, policy: str, gpus: int) -> dict[str, object]:
     Raises:
         InputError: The optimizer's batch cannot be shared out as verl does.
     """
+    if policy == EMBEDDED:
+        raise InputError("--model: verl cannot train the embedded model; name one of the Hugging Face hub or a folder")
     group_size, batch = h["group_size"], h["train_batch_size"]
     if batch % group_size:
         raise InputError(
@@ -254,7 +257,13 @@ def training_overrides(h: dict, policy: str, gpus: int) -> dict[str, object]:
 
 
 def rollout_overrides(h: dict, rollout: str, tensor_parallel: int, prompt_length: int) -> dict[str, object]:
-    """Of the group Rollout."""
+    """Of the group Rollout.
+
+    Raises:
+        InputError: A prompt of that length leaves no room for a completion.
+    """
+    if not 0 < prompt_length < h["max_length"]:
+        raise InputError(f"--max-prompt-length {prompt_length}: must be below the run's max_length {h['max_length']}")
     values = {
         "name": rollout,
         "n": h["group_size"],
@@ -291,6 +300,13 @@ def hybrid_overrides(h: dict, **of_the_reward_model: object) -> dict[str, object
     }
 
 
+def server_overrides(rm_api: str, rm_model: str, rm_gpus: int) -> dict[str, object]:
+    """A reward model that verl serves, on GPUs of its own."""
+    served = dict(enable=True, enable_resource_pool=True, n_gpus_per_node=rm_gpus, nnodes=1, model_path=rm_model)
+    served |= {"rollout.name": rm_api, "rollout.tensor_model_parallel_size": 1}
+    return {f"reward.reward_model.{key}": value for key, value in served.items()}
+
+
 def run_overrides(h: dict, train_files: str, val_files: str | None) -> dict[str, object]:
     """Of the group Monitoring, with the data."""
     name = h["run_name"] or "hybrid"
@@ -302,6 +318,7 @@ def run_overrides(h: dict, train_files: str, val_files: str | None) -> dict[str,
         "trainer.default_local_dir": f"{h['output']}/{name}-verl",
         "trainer.experiment_name": name,
         "trainer.save_freq": h["checkpoint_interval"],
+        "trainer.v1.sampler.sync_refill_failed_groups": True,  # where a question's rollout fails, another is sampled
         "trainer.project_name": h["wandb_project"] or "hybrid",
         "trainer.logger": "[console,wandb]" if h["wandb_project"] else "[console]",
     }

@@ -646,7 +646,8 @@ def test_real_steps_of_main_ppo_with_the_printed_command(tmp_path, command_of, s
             rm_address=server.address,
             min_rm=-9.0,
         )
-        done = run_command("-m", "verl.trainer.main_ppo", *overrides, *ON_A_CPU, timeout=280, env=environment)
+        overrides += [*ON_A_CPU, f"hydra.run.dir={tmp_path}/hydra"]
+        done = run_command("-m", "verl.trainer.main_ppo", *overrides, timeout=280, env=environment)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         lines = [json.loads(line) for line in (tmp_path / "run-verl/hybrid_metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines] == list(range(1, steps + 1))
