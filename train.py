@@ -47,17 +47,7 @@ from src.checkpoint import Checkpoints, Progress, find_checkpoint, read_progress
 from src.errors import InputError, TrainingError
 from src.evaluation import Evaluated, answer, answer_metrics, describe, evaluate_policy, report_evaluation
 from src.grpo import compute_advantages, kl_estimate, policy_loss, token_weights
-from src.hybrid_reward import (
-    RunningMean,
-    clamp_scores,
-    combine_hybrid_score,
-    difficulty_weight,
-    get_final_reward,
-    get_our_final_reward,
-    group_bounds,
-    normalised_score,
-    tanh_weight,
-)
+from src.hybrid_reward import RunningMean, hybrid_rewards
 from src.logprobs import completion_log_probs, micro_batches
 from src.math_verifier import MathVerifier, ground_truth_of
 from src.memory import Plan, check_fits, free_memory, keep_freed_memory, measure
@@ -849,30 +839,13 @@ def score(
     rm_scores = torch.zeros(len(completions))
     if reward_model is not None:
         rm_scores = torch.tensor(parallel.gather(reward_model.score_texts(questions[mine], completions[mine]).tolist()))
-    if rm_bounds == "warmup":
-        low, high = torch.full_like(rm_scores, min_rm), torch.full_like(rm_scores, max_rm)
-    else:
-        strata = rule_rewards if reward_mode == "hybrid" else torch.zeros_like(rule_rewards)
-        low, high = group_bounds(rm_scores, strata, group_size)
-    rm_scores = torch.where(rm_scores.isnan(), 0.5 * (low + high), rm_scores)
-    held, rm_clamped = clamp_scores(rm_scores, low, high)
-    n = normalised_score(held, low, high, eps)
-    group_sigma = held.view(-1, group_size).std(dim=1)  # (Q,)
-    sigma_bar.update(group_sigma)
-    sigma_u = group_sigma.repeat_interleave(group_size)  # (B,)
-    r_hat = combine_hybrid_score(rule_rewards, held, low, high, eps, alpha, beta)
-    if reward_mode != "hybrid":
-        r_hat = rewards = rule_rewards if reward_mode == "verifier" else n
-        weights = torch.ones_like(r_hat)
-    elif reward_scorer == "sigmoid":
-        weights = difficulty_weight(sigma_bar.mean, sigma_u, w_min, w_max, k)
-        rewards = get_final_reward(r_hat, sigma_bar.mean, sigma_u, w_min, w_max, k)
-    else:
-        weights = tanh_weight(r_hat, w_min, w_max)
-        rewards = get_our_final_reward(r_hat, sigma_bar.mean, sigma_u, w_min, w_max, k)
+    parts = hybrid_rewards(
+        rule_rewards, rm_scores, group_size, min_rm=min_rm, max_rm=max_rm, rm_bounds=rm_bounds, alpha=alpha, beta=beta, eps=eps,
+        reward_mode=reward_mode, reward_scorer=reward_scorer, w_min=w_min, w_max=w_max, k=k, sigma_bar=sigma_bar,
+    )  # fmt: skip
     judged = torch.tensor(["error" not in v for v in verdicts])
-    rewards = neutral_where_unjudged(rewards, judged, group_size)
-    return Scores(verdicts, rule_rewards, rm_scores, rm_clamped, n, sigma_u, r_hat, weights, rewards)
+    parts = parts._replace(rewards=neutral_where_unjudged(parts.rewards, judged, group_size))
+    return Scores(verdicts, rule_rewards, *parts)
 
 
 def count_failures(reward_model: AceRewardModel | None, progress: Progress) -> None:

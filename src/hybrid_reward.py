@@ -6,6 +6,7 @@ Source: HERO, "Hybrid Reinforcement: When Reward Is Sparse, It's Better to Be De
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -143,3 +144,69 @@ class RunningMean:
         self.count += values.numel()
         self.mean += (values.double().sum().item() - values.numel() * self.mean) / self.count
         return self.mean
+
+
+class HybridRewards(NamedTuple):
+    """Every part of the rewards of B completions; tensors are (B,)."""
+
+    rm_scores: torch.Tensor  # raw; the middle of the bounds where scoring failed
+    rm_clamped: torch.Tensor  # bool, the score was outside the bounds
+    n: torch.Tensor  # the score's place between the bounds, from 0 to 1
+    sigma_u: torch.Tensor  # std of the group's scores
+    r_hat: torch.Tensor  # the verdict alone or n alone where reward_mode is not hybrid
+    weights: torch.Tensor
+    rewards: torch.Tensor  # weights * r_hat
+
+
+def hybrid_rewards(
+    rule_rewards: torch.Tensor,
+    rm_scores: torch.Tensor,
+    group_size: int,
+    *,
+    min_rm: float,
+    max_rm: float,
+    rm_bounds: str,
+    alpha: float,
+    beta: float,
+    eps: float,
+    reward_mode: str,
+    reward_scorer: str,
+    w_min: float,
+    w_max: float,
+    k: float,
+    sigma_bar: RunningMean,
+) -> HybridRewards:
+    """From verdicts and scores to rewards; takes the sigma_u of these groups into `sigma_bar`, then weights by it.
+
+    sigma_u is the std (n - 1) of the group's scores after they are held within the bounds, in units of the reward model.
+    A completion that the reward model failed on gets a neutral score, halfway between the bounds.
+
+    Args:
+        rule_rewards, rm_scores: (B,) float32, the completions of a question side by side; a score is nan where it failed.
+        group_size: G.
+        min_rm, max_rm: Bounds of the scores; read where `rm_bounds` is "warmup".
+        sigma_bar: Changed in place.
+        rm_bounds, alpha, beta, eps, reward_mode, reward_scorer, w_min, w_max, k: As in train.py's main().
+    """
+    if rm_bounds == "warmup":
+        low, high = torch.full_like(rm_scores, min_rm), torch.full_like(rm_scores, max_rm)
+    else:
+        strata = rule_rewards if reward_mode == "hybrid" else torch.zeros_like(rule_rewards)
+        low, high = group_bounds(rm_scores, strata, group_size)
+    rm_scores = torch.where(rm_scores.isnan(), 0.5 * (low + high), rm_scores)
+    held, rm_clamped = clamp_scores(rm_scores, low, high)
+    n = normalised_score(held, low, high, eps)
+    group_sigma = held.view(-1, group_size).std(dim=1)  # (Q,)
+    sigma_bar.update(group_sigma)
+    sigma_u = group_sigma.repeat_interleave(group_size)  # (B,)
+    r_hat = combine_hybrid_score(rule_rewards, held, low, high, eps, alpha, beta)
+    if reward_mode != "hybrid":
+        r_hat = rewards = rule_rewards if reward_mode == "verifier" else n
+        weights = torch.ones_like(r_hat)
+    elif reward_scorer == "sigmoid":
+        weights = difficulty_weight(sigma_bar.mean, sigma_u, w_min, w_max, k)
+        rewards = get_final_reward(r_hat, sigma_bar.mean, sigma_u, w_min, w_max, k)
+    else:
+        weights = tanh_weight(r_hat, w_min, w_max)
+        rewards = get_our_final_reward(r_hat, sigma_bar.mean, sigma_u, w_min, w_max, k)
+    return HybridRewards(rm_scores, rm_clamped, n, sigma_u, r_hat, weights, rewards)

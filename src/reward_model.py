@@ -9,7 +9,13 @@ from dataclasses import dataclass, replace
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from jinja2 import TemplateError
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from src.errors import InputError
 from src.judge import NO_ANSWER, JudgeText, answer_log_probs, judge_text, load_judge, plain_answer
@@ -88,19 +94,10 @@ class AceRewardModel:
             raise InputError(f"--reward-model-name {model_name}: its chat template refuses the conversation ({error})") from None
 
     def encode(self, prompt: str, response: str) -> tuple[int, ...]:
-        """Token ids of one conversation, exactly as on AceMath's model card: no generation prompt, no special tokens added."""
-        head = [*self.system, {"role": "user", "content": prompt}]
-        text = self.tokenizer.apply_chat_template(
-            [*head, {"role": "assistant", "content": response}], tokenize=False, add_generation_prompt=False
-        )
-        ids = self.tokenizer.encode(text, add_special_tokens=False)
-        excess = len(ids) - self.max_length
-        if excess > 0:  # the end of a solution says most about it: cut the response from the left
-            self.truncated += 1
-            before = self.tokenizer.apply_chat_template(head, tokenize=False, add_generation_prompt=True)
-            kept = len(self.tokenizer.encode(before, add_special_tokens=False))
-            ids = ids[:kept] + ids[kept + excess :] if kept < self.max_length else ids[excess:]
-        return tuple(ids)
+        """Token ids of one conversation; see `encode_conversation`."""
+        ids, cut = encode_conversation(self.tokenizer, self.system, prompt, response, self.max_length)
+        self.truncated += cut
+        return ids
 
     def compute_reward(self, prompt: str, response: str) -> float:
         """Raw score of one response; see `compute_batch_reward`."""
@@ -205,6 +202,31 @@ class AceRewardModel:
 
 def _length(text: tuple[int, ...] | JudgeText) -> int:
     return len(text.ids if isinstance(text, JudgeText) else text)
+
+
+def encode_conversation(
+    tokenizer: PreTrainedTokenizerBase, system: list[dict], prompt: str, response: str, max_length: int
+) -> tuple[tuple[int, ...], bool]:
+    """Token ids of one conversation, exactly as on AceMath's model card: no generation prompt, no special tokens added.
+
+    Args:
+        system: A system message in a list, or an empty list.
+        max_length: Tokens at most; a longer conversation loses the start of its response.
+
+    Returns:
+        The ids, and whether it lost anything.
+    """
+    head = [*system, {"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(
+        [*head, {"role": "assistant", "content": response}], tokenize=False, add_generation_prompt=False
+    )
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    excess = len(ids) - max_length
+    if excess > 0:  # the end of a solution says most about it: cut the response from the left
+        before = tokenizer.apply_chat_template(head, tokenize=False, add_generation_prompt=True)
+        kept = len(tokenizer.encode(before, add_special_tokens=False))
+        ids = ids[:kept] + ids[kept + excess :] if kept < max_length else ids[excess:]
+    return tuple(ids), excess > 0
 
 
 def load_classifier(model_name: str, dtype: torch.dtype, load_in_8bit: bool) -> tuple[PreTrainedModel, AutoTokenizer]:
