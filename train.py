@@ -55,8 +55,8 @@ from src.hybrid_reward import (
 from src.logprobs import completion_log_probs, micro_batches
 from src.math_verifier import MathVerifier, ground_truth_of
 from src.memory import Plan, check_fits, free_memory, keep_freed_memory, measure
-from src.report import RunLog, Scores, choose_folder, completion_metrics, reward_metrics, rollout_rows
 from src.reward_model import AceRewardModel, RewardModelChoice, choose_reward_model
+from src.run_log import RunLog, Scores, choose_folder, completion_metrics, reward_metrics, rollout_rows
 from src.sampler import Samples, sample
 from src.speed import speed_metrics
 

@@ -14,7 +14,7 @@ import train
 from src import models
 from src.errors import InputError
 from src.hybrid_reward import combine_hybrid_score, get_final_reward, get_our_final_reward
-from src.report import RunLog, choose_folder
+from src.run_log import RunLog, choose_folder
 from tests.conftest import ROOT
 
 
