@@ -55,6 +55,7 @@ from src.hybrid_reward import (
 from src.logprobs import completion_log_probs, micro_batches
 from src.math_verifier import MathVerifier, ground_truth_of
 from src.memory import Plan, check_fits, free_memory, keep_freed_memory, measure
+from src.report import renew_report
 from src.reward_model import AceRewardModel, RewardModelChoice, choose_reward_model
 from src.run_log import RunLog, Scores, choose_folder, completion_metrics, reward_metrics, rollout_rows
 from src.sampler import Samples, sample
@@ -181,7 +182,7 @@ def main(
         wandb_project: Weights & Biases project to log to (WANDB_MODE=offline needs no account); by default none.
 
     Returns:
-        The run's folder: config.json, metrics.jsonl, rollouts.jsonl, step_<k>/.
+        The run's folder: config.json, metrics.jsonl, rollouts.jsonl, report.html, step_<k>/.
 
     Raises:
         InputError: A value that cannot work, before any training.
@@ -196,6 +197,9 @@ def main(
         )
     if device != "auto" and not getattr(torch, device).is_available():
         raise InputError(f"--device {device}: PyTorch finds none on this machine; leave it at auto")
+
+    steps_per_epoch = len(problems) // rollouts_per_step
+    total_steps = min(epochs * steps_per_epoch, max_steps or math.inf)
 
     verifier = MathVerifier(verifier_method)
     check_answers(verifier, problems + eval_problems)
@@ -262,7 +266,9 @@ def main(
     if reward_mode == "rm" and reward_model is None:
         raise InputError("--reward-mode rm: the reward model could not be loaded, see above")
 
-    run = RunLog(folder, run_name is None, {**hyperparameters, "device": str(run_device), "compute_dtype": str(compute_dtype)})
+    resolved = {"device": str(run_device), "compute_dtype": str(compute_dtype)}
+    sizes = {"total_steps": total_steps, "eval_problems": len(eval_problems)}
+    run = RunLog(folder, run_name is None, hyperparameters | resolved | sizes)
     if wandb_project:
         accelerator.init_trackers(wandb_project, hyperparameters, {"wandb": {"name": run.folder.name, "dir": str(run.folder)}})
     defaults = {name: p.default for name, p in inspect.signature(main).parameters.items()}
@@ -290,8 +296,6 @@ def main(
 
     # Training
     sigma_bar = RunningMean()
-    steps_per_epoch = len(problems) // rollouts_per_step
-    total_steps = min(epochs * steps_per_epoch, max_steps or math.inf)
     print(f"training for {total_steps} steps of {rollouts_per_step} x {group_size} completions", flush=True)
     if max_steps and total_steps < max_steps:
         print(f"that is less than --max-steps {max_steps}: --epochs {epochs} x {steps_per_epoch} steps come first", flush=True)
@@ -360,6 +364,7 @@ def main(
 
         # Report and save
         metrics |= reward_metrics(scores, advantages, group_size) | completion_metrics(samples, scores)
+        metrics |= {"reward/rm_min": min_rm, "reward/rm_max": max_rm}
         metrics["reward/rm_failed"] = float(reward_model.failed if reward_model else 0)
         metrics["reward/rm_truncated"] = float(reward_model.truncated if reward_model else 0)
         metrics |= verifier_metrics | {"reward/sigma_bar": sigma_bar.mean, "optim/lr": step_lr}
@@ -379,12 +384,14 @@ def main(
         if (step + 1) % checkpoint_interval == 0 or step + 1 == total_steps:
             checkpoint = save_checkpoint(run.folder, f"step_{step + 1}", adapter or policy, tokenizer)
             print(f"saved {checkpoint}", flush=True)
+            renew_report(run.folder)
 
     if adapter:
         master.restore(policy)
         print(f"saved {save_checkpoint(run.folder, 'merged', adapter.merge_and_unload(), tokenizer)}", flush=True)
     accelerator.end_training()
     verifier.close()
+    renew_report(run.folder)
     minutes = (time.perf_counter() - started) / 60
     change = f"; held-out accuracy {100 * accuracies[0]:.1f} % -> {100 * accuracies[-1]:.1f} %" if accuracies else ""
     print(f"done: {total_steps} steps in {minutes:.1f} minutes on {run_device.type}{change}; see {run.folder}", flush=True)
