@@ -99,15 +99,8 @@ def concerns(run: Run) -> list[dict]:
     for name, meaning in meanings().items():
         value = run.last(name)
         if value is not None and not meaning.low <= value <= meaning.high:
-            found.append(dict(metric=name, value=readable(value, meaning.unit), meaning=meaning))
+            found.append(dict(metric=name, value=f"{value:.3g}", meaning=meaning))
     return found
-
-
-def readable(value: float | None, unit: str = "") -> str:
-    """A number for people: shares as percent, others with three significant digits."""
-    if value is None or not math.isfinite(value):
-        return "-"
-    return f"{value:.1%}" if unit == "share" else f"{value:.3g}"
 
 
 def facts(run: Run) -> list[tuple[str, str]]:
@@ -147,8 +140,9 @@ def browser_data(runs: list[Run], most: int) -> dict:
     group, about = -1, []
     for index, run in enumerate(runs):
         steps = sorted({row["step"] for row in run.rollouts})
-        stride = math.ceil(len(run.rollouts) * len(runs) / most) or 1
-        kept = set(steps[::-1][::stride])
+        share = min(1.0, most / len(runs) / max(len(run.rollouts), 1))
+        count = max(1, int(share * len(steps)))
+        kept = {steps[-1 - i * len(steps) // count] for i in range(count)} if steps else set()
         previous, in_group = None, 0
         for row in (row for row in run.rollouts if row["step"] in kept):
             asked = (row["question"], row["answer"])

@@ -41,6 +41,7 @@ class Panel:
     reading: str  # one sentence: how to read it
     share: bool = False
     stacked: bool = False
+    colours: tuple[str, ...] = tuple(SERIES)
 
 
 PANELS = {
@@ -51,8 +52,11 @@ PANELS = {
               "Mean over the completions of a step. If it rises and right answers do not, the reward model is being pleased."),
     ],
     "Is there something to learn from?": [
-        Panel("Groups without an advantage", {"none": "reward/zero_std_frac", "all right": "reward/all_right_frac", "all wrong": "reward/all_wrong_frac"},
-              "Share of questions whose completions all earn the same and so teach nothing, and of those with a single verdict.", share=True),
+        Panel("Groups of one verdict",
+              {"all wrong": "reward/all_wrong_frac", "all right": "reward/all_right_frac", "no advantage": "reward/zero_std_frac"},
+              "Share of questions whose completions all have one verdict, and (dashed) of those that all earn the same and so teach "
+              "nothing. The gap between them is what the reward model adds.",
+              share=True, colours=(WRONG, RIGHT, INK)),
         Panel("Spread of the scores in a group", {"this step": "reward/sigma_u_mean", "mean so far (sigma_bar)": "reward/sigma_bar"},
               "sigma_u, the std of the reward model's scores for one question; the sigmoid weight compares it with sigma_bar."),
         Panel("Weight", {"mean weight": "reward/weight_mean"},
@@ -115,21 +119,23 @@ def curves(panel: Panel, runs: list[Run]) -> dict | None:
             steps, values = run.series(metric)
             if not any(map(math.isfinite, values)):
                 continue
-            colour, dash = (SERIES[i % len(SERIES)], DASHES[j % len(DASHES)]) if several else (SERIES[j], "-")
+            colour, dash = (SERIES[i % len(SERIES)], j) if several else (panel.colours[j], int(panel.colours[j] == INK))
             if panel.stacked and not several:
                 ceiling = floor + np.nan_to_num(values)
                 axes.fill_between(steps, np.broadcast_to(floor, ceiling.shape), ceiling, color=colour, alpha=0.75, linewidth=0)
                 floor = ceiling
             else:
-                _line(axes, steps, values, colour, dash)
+                _line(axes, steps, values, colour, DASHES[dash])
             hover.append(dict(label=f"{run.name} {label}".strip() if several else label, steps=steps, values=_clean(values)))
     for j, (label, _) in enumerate(lines):
-        key.append(dict(label=label, colour="ink" if several else VARIABLES[SERIES[j]], dash=j if several else 0))
+        colour = INK if several else panel.colours[j]
+        key.append(dict(label=label, colour=VARIABLES[colour], dash=j if several else int(colour == INK)))
     if not hover:
         return None
+    largest = max(value for h in hover for value in h["values"] if value is not None)
     if panel.share:
-        _percent(axes)
-    if panel.stacked or min(min(h["values"], key=lambda v: v or 0) or 0 for h in hover) >= 0:
+        _percent(axes, largest)
+    elif panel.stacked or min(min(h["values"], key=lambda v: v or 0) or 0 for h in hover) >= 0:
         axes.set_ylim(bottom=0)
     _steps_axis(axes, runs)
     metrics = [metric for _, metric in lines]
@@ -151,17 +157,20 @@ def held_out(runs: list[Run]) -> dict | None:
             if len(steps) == 1:
                 axes.errorbar(steps, values, [[values[0] - band[0][0]], [band[0][1] - values[0]]], color=colour, capsize=3)
         axes.plot(steps, values, color=colour, marker="o", markersize=3.5)
-        for step, value in {steps[0]: values[0], steps[-1]: values[-1]}.items() if len(runs) == 1 else ():
-            axes.annotate(f"{value:.1%}", (step, value), (0, 6), textcoords="offset points", ha="center", fontweight="bold")
+        if len(runs) == 1:
+            ends = [(0, "left")] + [(-1, "right")] * (len(steps) > 1)
+            for end, side in ends:
+                below = (values[0] < values[-1]) == (end == 0) and len(steps) > 1
+                place = (5 if end == 0 else 0, -12 if below else 6)
+                axes.annotate(f"{values[end]:.1%}", (steps[end], values[end]), place, textcoords="offset points", ha=side, weight="bold")
         hover.append(dict(label=run.name if len(runs) > 1 else "accuracy", steps=steps, values=_clean(values)))
     if not hover:
         return None
-    _percent(axes)
+    _percent(axes, 1.0)
     _steps_axis(axes, runs)
-    reading = (
-        "Share of problems never trained on that are answered right, greedily, after so many steps. The band is the 95 % confidence "
-        "interval that their number allows: points within each other's bands do not differ for certain."
-    )
+    reading = "Share of problems never trained on that are answered right, greedily, after so many steps."
+    if any(run.settings.get("eval_problems") for run in runs):
+        reading += " The band is the 95 % confidence interval that their number allows: what lies within it may be luck."
     return _finish(figure, axes, "Held-out accuracy", reading, [], hover, ["eval/accuracy"], True)
 
 
@@ -254,11 +263,11 @@ def _auc(run: Run, of: str, steps: np.ndarray, scores: np.ndarray, right: np.nda
     axes.axhline(0.5, color=FAINT, linestyle="--", linewidth=0.9)
     axes.text(0.99, 0.5, "no better than a coin", transform=axes.get_yaxis_transform(), ha="right", va="bottom", fontsize=7.5)
     axes.set_ylim(min(0.4, min(values) - 0.05), 1.02)
-    _percent(axes, limits=False)
+    _percent(axes)
     _steps_axis(axes, [run])
     reading = (
-        "How often a right answer scores above a wrong one of the same steps (AUC; ties count half). 100 %: the reward model tells them "
-        "apart. A fall towards 50 % says that the policy has found what pleases it without being right."
+        "How often a right answer scores above a wrong one of the same steps (AUC; ties count half). A fall towards 50 % says that the "
+        "policy has found what pleases the reward model without being right."
     )
     hover = [dict(label="AUC", steps=[round(x) for x in xs], values=_clean(values))]
     return _finish(figure, axes, f"Does it tell right from wrong?{of}", reading, [], hover, [], True)
@@ -288,7 +297,7 @@ def _histogram(
             axes.hist(part, edges, color=colour, alpha=0.45, weights=np.full(len(part), 1 / len(scores)))
             axes.hist(part, edges, color=colour, histtype="step", linewidth=1, weights=np.full(len(part), 1 / len(scores)))
     _bounds(axes, run, horizontal=False)
-    _percent(axes, limits=False)
+    _percent(axes)
     axes.set_xlabel("score of the reward model")
     span = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
     reading = f"Share of the {len(scores)} completions of {span} by their score; the two colours together are all of them."
@@ -352,22 +361,23 @@ def weight(run: Run, several: bool, most: int = 700) -> dict | None:
 
 def _canvas() -> tuple[Figure, Axes]:
     """A small figure, so that three stand beside each other on a desk and one fills a phone."""
-    figure = Figure(figsize=(4.3, 2.35))
+    figure = Figure(figsize=(3.8, 2.15))
     FigureCanvasSVG(figure)
-    return figure, figure.add_axes((0.115, 0.175, 0.865, 0.775))
+    return figure, figure.add_axes((0.125, 0.185, 0.86, 0.775))
 
 
 def _steps_axis(axes: Axes, runs: Iterable[Run]) -> None:
     last = max((row["step"] for run in runs for row in run.metrics), default=0)
     axes.set_xlim(-0.5 if last < 2 else -0.02 * last, max(last * 1.02, 0.5))
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=(1, 2, 5, 10)))
     axes.set_xlabel("step")
 
 
-def _percent(axes: Axes, limits: bool = True) -> None:
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
-    if limits:
-        axes.set_ylim(-0.02, 1.04)
+def _percent(axes: Axes, most: float | None = None) -> None:
+    """A vertical axis of shares; the whole of 0 to 100 % unless all that there is lies far below (`most`)."""
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    if most is not None:
+        axes.set_ylim(-0.002, 1.04 if most > 0.2 else max(1.3 * most, 0.05))
 
 
 def _clean(values: Iterable[float]) -> list[float | None]:
@@ -385,7 +395,7 @@ def _finish(
     share: bool = False,
 ) -> dict:
     """The figure as SVG with the page's variables for colours, and where its steps lie for the pointer to find."""
-    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 2.5, 5, 10)))
     out = StringIO()
     figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}, transparent=True)
     svg = out.getvalue()

@@ -17,7 +17,11 @@ function make(tag, className, ...children) {
   return element;
 }
 
-const number = (value, digits = 2) => (value === null ? "-" : Math.abs(value) >= 1000 ? value.toPrecision(3) : value.toFixed(digits));
+function number(value, digits = 2) {
+  if (value === null) return "-";
+  const size = Math.abs(value);
+  return size >= 1000 ? value.toPrecision(3) : size && size < 0.5 * 10 ** -digits ? value.toPrecision(1) : value.toFixed(digits);
+}
 const signed = (value) => (value > 0 ? "+" : "") + number(value);
 
 // Characters that cannot be seen, or that move the others: control characters but newline and tab, direction marks, zero widths.
@@ -104,15 +108,16 @@ let chosen = -1;  // its place in `shown`
 let only = "";    // the pressed chip
 
 const median = (values) => (values.length ? values.sort((a, b) => a - b)[values.length >> 1] : null);
-// What the reward model thinks of the middle right and the middle wrong answer of each run.
-const middles = runs.map((_, run) => {
-  const ofVerdict = (verdict) => median(columns.rm_score.filter((_, i) => columns.run[i] === run && correct(i) === verdict));
-  return { right: ofVerdict(1), wrong: ofVerdict(0) };
+// Halfway between what the reward model gives the middle right and the middle wrong answer of each run; null where it cannot be said.
+const halfway = runs.map((about, run) => {
+  const middle = (verdict) => median(columns.rm_score.filter((_, i) => columns.run[i] === run && correct(i) === verdict));
+  const [right, wrong] = [middle(1), middle(0)];
+  return !about.scores || right === null || wrong === null ? null : (right + wrong) / 2;
 });
 const strongest = columns.advantage.map((a) => Math.abs(a)).sort((a, b) => b - a)[Math.floor(total / 10)] || 0;
 const is = {
-  fooled: (i) => runs[columns.run[i]].scores && !correct(i) && middles[columns.run[i]].right !== null && columns.rm_score[i] > middles[columns.run[i]].right,
-  missed: (i) => runs[columns.run[i]].scores && correct(i) && middles[columns.run[i]].wrong !== null && columns.rm_score[i] < middles[columns.run[i]].wrong,
+  fooled: (i) => halfway[columns.run[i]] !== null && !correct(i) && columns.rm_score[i] > halfway[columns.run[i]],
+  missed: (i) => halfway[columns.run[i]] !== null && correct(i) && columns.rm_score[i] < halfway[columns.run[i]],
   cut: (i) => !finished(i),
   unread: (i) => columns.parsed[i] === null,
   strong: (i) => columns.advantage[i] !== 0 && Math.abs(columns.advantage[i]) >= strongest,
@@ -300,7 +305,7 @@ function explain(i) {
   const dots = make("span", "why");
   for (const j of group) { const dot = piece("tick", columns.reward[j]); dot.style.opacity = j === i ? 1 : 0.3; dots.append(dot); }
   dots.append(piece(`fill ${over >= 0 ? "right" : "wrong"}`, mean, columns.reward[i]));
-  line(dots, `Its ${group.length} siblings earned `, bold(number(mean)), " on the mean; it lies ", bold(signed(over)), " from that", ...(scale && divisor ? [`, in units of ${scale} (${number(divisor)})`] : []), ": the advantage is ", bold(signed(columns.advantage[i])), columns.advantage[i] > 0 ? ", so it becomes more likely." : columns.advantage[i] < 0 ? ", so it becomes less likely." : ", so it teaches nothing.");
+  line(dots, `The ${group.length} completions of its group earned `, bold(number(mean)), " on the mean, this one ", bold(number(Math.abs(over))), over < 0 ? " less" : " more", ...(scale && divisor ? [`, in units of ${scale} (${number(divisor)})`] : []), ": the advantage is ", bold(signed(columns.advantage[i])), columns.advantage[i] > 0 ? ", so it becomes more likely." : columns.advantage[i] < 0 ? ", so it becomes less likely." : ", so it teaches nothing.");
 
   const table = make("table", "group"), body = make("tbody");
   table.append(make("thead", "", make("tr", "", ...["", "answer read", "RM score", "reward", "advantage"].map((name) => make("th", "", name)))), body);
