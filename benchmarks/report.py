@@ -28,7 +28,7 @@ TIMED = """([id, value]) => new Promise((done) => {
   field.dispatchEvent(new Event("input", { bubbles: true }));
   requestAnimationFrame(() => setTimeout(() => done(performance.now() - started)));
 })"""
-CHIP = TIMED.replace('document.getElementById(id)', 'document.querySelector(`[data-only=${id}]`)').replace(
+CHIP = TIMED.replace("document.getElementById(id)", "document.querySelector(`[data-only=${id}]`)").replace(
     'field.dispatchEvent(new Event("input", { bubbles: true }))', "field.click()"
 )
 TRIES = {

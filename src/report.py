@@ -10,7 +10,6 @@ docs/metrics.md. The page is src/report_page/; src/report_figures.py draws the c
 import base64
 import functools
 import hashlib
-import json
 import math
 import re
 import sys
@@ -67,30 +66,35 @@ def result(run: Run) -> str:
     """The run in one sentence."""
     if not run.steps:
         return "No step has been finished yet."
-    steps, accuracies = run.series("eval/accuracy")
-    device = run.settings.get("device", "an unknown device")
-    took = f"in {run.steps} step{'s' * (run.steps > 1)} and {run.minutes:.1f} minutes on {device}"
+    done = f"{run.steps} step{'s' * (run.steps > 1)}"
     if run.total_steps and run.steps < run.total_steps:
-        took = f"in the first {run.steps} of {run.total_steps} steps, {run.minutes:.1f} minutes on {device}"
-    if len(accuracies) > 1:
-        change = accuracies[-1] - accuracies[0]
-        moved = "stayed at" if abs(change) < 0.0005 else "rose from" if change > 0 else "fell from"
-        values = f"{accuracies[0]:.1%}" if moved == "stayed at" else f"{accuracies[0]:.1%} to {accuracies[-1]:.1%}"
-        n = run.settings.get("eval_problems")
-        of = f" of {n} problems (95 % interval {_interval(accuracies[-1], n)})" if n else ""
-        return f"Held-out accuracy {moved} {values}{of} {took}."
+        done = f"the first {run.steps} of {run.total_steps} steps"
+    took = f"in {done} and {run.minutes:.1f} minutes on {run.settings.get('device', 'an unknown device')}"
+    _, held_out = run.series("eval/accuracy")
+    if len(held_out) > 1:
+        first, last = held_out[0], held_out[-1]
+        moved = "stayed at" if first == last else f"{'rose' if last > first else 'fell'} from {percent(first)} to"
+        of = ""
+        if n := run.settings.get("eval_problems"):
+            low, high = wilson_interval(last, n)
+            of = f" of {n} problems (95 % interval {percent(low, 0)} to {percent(high, 0)})"
+        return f"Held-out accuracy {moved} {percent(last)}{of} {took}."
     _, right = run.series("reward/rule_mean")
+    if len(right) == 1:
+        return f"{percent(right[0], 0)} of the sampled answers were right {took}."
     few = max(1, len(right) // 5)
     first, last = sum(right[:few]) / few, sum(right[-few:]) / few
-    if run.steps == 1:
-        return f"{right[0]:.0%} of the sampled answers were right {took}."
     window = "step" if few == 1 else f"{few} steps"
-    return f"{first:.0%} of the sampled answers were right in the first {window}, {last:.0%} in the last, {took}."
+    return f"{percent(first, 0)} of the sampled answers were right in the first {window}, {percent(last, 0)} in the last, {took}."
 
 
-def _interval(accuracy: float, n: int) -> str:
-    low, high = wilson_interval(accuracy, n)
-    return f"{low:.0%} to {high:.0%}"
+def percent(share: float, digits: int = 1) -> str:
+    """A share for people.
+
+    >>> percent(0.285)
+    '28.5 %'
+    """
+    return f"{100 * share:.{digits}f} %"
 
 
 def concerns(run: Run) -> list[dict]:
@@ -188,7 +192,11 @@ def page(runs: list[Run], most: int = 20_000) -> str:
     data = browser_data(runs, most)
     data["runs"] = [about | dict(bounds=about["bounds"] and [_short(b) for b in about["bounds"]]) for about in data["runs"]]
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(PAGE), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.FileSystemLoader(PAGE),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
     )
     environment.filters["prose"] = _prose
     environment.policies["json.dumps_kwargs"] = dict(separators=(",", ":"), allow_nan=False)

@@ -2,8 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from io import StringIO
 
 import matplotlib
@@ -15,12 +14,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from src.hybrid_reward import difficulty_weight, tanh_weight
+from src.report_panels import PANELS, SCORES, Panel
 from src.run_reader import Run, wilson_interval
 
 # matplotlib draws in placeholders, which become variables of style.css.
-INK, FAINT, RIGHT, WRONG = "#010101", "#020202", "#030303", "#040404"
-SERIES = ["#050505", "#060606", "#070707", "#080808", "#090909", "#0a0a0a"]
-VARIABLES = {INK: "ink", FAINT: "faint", RIGHT: "right", WRONG: "wrong"} | {c: f"s{i + 1}" for i, c in enumerate(SERIES)}
+VARIABLES = ("ink", "faint", "right", "wrong", "s1", "s2", "s3", "s4", "s5", "s6")
+PLACEHOLDER = {name: "#" + f"{i:02x}" * 3 for i, name in enumerate(VARIABLES, start=1)}
+INK, FAINT, RIGHT, WRONG, *SERIES = PLACEHOLDER.values()
 DASHES = ["-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5))]
 STYLE = {
     "svg.fonttype": "none", "font.size": 8.5, "text.color": INK, "axes.edgecolor": FAINT, "axes.labelcolor": INK,
@@ -32,70 +32,17 @@ STYLE = {
 SMOOTH_FROM = 60  # points of a curve from which on a running mean lies over it
 
 
-@dataclass
-class Panel:
-    """Curves of some metrics over the steps."""
-
-    title: str
-    curves: dict[str, str]  # what the key calls it: metric
-    reading: str  # one sentence: how to read it
-    share: bool = False
-    stacked: bool = False
-    colours: tuple[str, ...] = tuple(SERIES)
-
-
-PANELS = {
-    "Does it learn?": [
-        Panel("Right answers while training", {"all completions": "reward/rule_mean", "those not cut off": "completion/finished_rule_mean"},
-              "Share of sampled answers that the verifier found right. New questions in each step, so it is noisy.", share=True),
-        Panel("Reward", {"weighted reward": "reward/mean", "r_hat, before the weight": "reward/r_hat_mean"},
-              "Mean over the completions of a step. If it rises and right answers do not, the reward model is being pleased."),
-    ],
-    "Is there something to learn from?": [
-        Panel("Groups of one verdict",
-              {"all wrong": "reward/all_wrong_frac", "all right": "reward/all_right_frac", "no advantage": "reward/zero_std_frac"},
-              "Share of questions whose completions all have one verdict, and (dashed) of those that all earn the same and so teach "
-              "nothing. The gap between them is what the reward model adds.",
-              share=True, colours=(WRONG, RIGHT, INK)),
-        Panel("Spread of the scores in a group", {"this step": "reward/sigma_u_mean", "mean so far (sigma_bar)": "reward/sigma_bar"},
-              "sigma_u, the std of the reward model's scores for one question; the sigmoid weight compares it with sigma_bar."),
-        Panel("Weight", {"mean weight": "reward/weight_mean"},
-              "The factor between r_hat and the reward, from w_min to w_max."),
-    ],
-    "Is the policy well?": [
-        Panel("KL to the reference", {"KL": "policy/kl"},
-              "Distance from the model as it was loaded, nats a token. Grows as it learns; a jump means that it breaks."),
-        Panel("Entropy", {"entropy": "policy/entropy"},
-              "How open the choice of a token is, nats. Near 0 all completions are alike and learning ends."),
-        Panel("Length of completions", {"mean": "completion/len_mean", "longest": "completion/len_max"},
-              "Tokens, the stop token included. The longest lies at the limit as long as some are cut off."),
-        Panel("Cut off by the length limit", {"while training": "completion/truncated_frac", "held-out": "eval/truncated_frac"},
-              "Share of completions that had not ended. They seldom hold an answer.", share=True),
-        Panel("Final answer found", {"while training": "verifier/extracted_frac", "held-out": "eval/extracted_frac"},
-              "Share of completions in which the verifier can read an answer at all, right or wrong.", share=True),
-        Panel("Clipped tokens", {"clipped": "policy/clip_frac"},
-              "Share of tokens that had already moved so far in this step that they earned no more gradient.", share=True),
-        Panel("Gradient norm", {"before clipping": "policy/grad_norm"},
-              "Mean over the updates of a step, before it is scaled down to max_norm. Watch for spikes."),
-    ],
-    "Where does the time go?": [
-        Panel("Seconds of a step", {"rollout": "time/rollout_s", "score": "time/score_s", "update": "time/update_s"},
-              "Sampling, judging and scoring, and training, on top of each other; the rest is writing.", stacked=True),
-        Panel("Sampled tokens per second", {"whole step": "time/tokens_per_s", "rollout alone": "time/rollout_tokens_per_s"},
-              "Falls as completions become shorter: fewer tokens share a step's fixed cost."),
-    ],
-}  # fmt: skip
-
-
 def sections(runs: list[Run]) -> list[dict]:
     """The page's sections of figures: a title and its figures, each with what the template needs to show it."""
     with matplotlib.rc_context(STYLE):
         found = [dict(title=title, figures=[curves(panel, runs) for panel in panels]) for title, panels in PANELS.items()]
         found[0]["figures"].insert(0, held_out(runs))
-        found.insert(1, dict(title="Is the reward model any good?", figures=[f for run in runs for f in reward_model(run, len(runs) > 1)]))
+        of_scores = [figure for run in runs for figure in reward_model(run, len(runs) > 1)]
+        found.insert(1, dict(title="Is the reward model any good?", figures=of_scores))
+        found[1]["figures"] += [curves(SCORES, runs)] if found[1]["figures"] else []
         found[2]["figures"] += [weight(run, len(runs) > 1) for run in runs]
         drawn = {metric for panels in PANELS.values() for panel in panels for metric in panel.curves.values()}
-        drawn |= {"step", "eval/accuracy", "reward/rm_min", "reward/rm_max", *SCORE_CURVES.curves.values()}
+        drawn |= {"step", "eval/accuracy", "reward/rm_min", "reward/rm_max", *SCORES.curves.values()}
         others = sorted({name for run in runs for row in run.metrics for name in row} - drawn)
         found.append(dict(title="Every other metric", figures=[curves(Panel(name, {"": name}, ""), runs) for name in others]))
     for section in found:
@@ -119,7 +66,8 @@ def curves(panel: Panel, runs: list[Run]) -> dict | None:
             steps, values = run.series(metric)
             if not any(map(math.isfinite, values)):
                 continue
-            colour, dash = (SERIES[i % len(SERIES)], j) if several else (panel.colours[j], int(panel.colours[j] == INK))
+            name, dash = (f"s{i % 6 + 1}", j) if several else (panel.colours[j], int(panel.colours[j] == "ink"))
+            colour = PLACEHOLDER[name]
             if panel.stacked and not several:
                 ceiling = floor + np.nan_to_num(values)
                 axes.fill_between(steps, np.broadcast_to(floor, ceiling.shape), ceiling, color=colour, alpha=0.75, linewidth=0)
@@ -128,14 +76,14 @@ def curves(panel: Panel, runs: list[Run]) -> dict | None:
                 _line(axes, steps, values, colour, DASHES[dash])
             hover.append(dict(label=f"{run.name} {label}".strip() if several else label, steps=steps, values=_clean(values)))
     for j, (label, _) in enumerate(lines):
-        colour = INK if several else panel.colours[j]
-        key.append(dict(label=label, colour=VARIABLES[colour], dash=j if several else int(colour == INK)))
+        colour = "ink" if several else panel.colours[j]
+        key.append(dict(label=label, colour=colour, dash=j if several else int(colour == "ink")))
     if not hover:
         return None
-    largest = max(value for h in hover for value in h["values"] if value is not None)
+    values = [value for curve in hover for value in curve["values"] if value is not None]
     if panel.share:
-        _percent(axes, largest)
-    elif panel.stacked or min(min(h["values"], key=lambda v: v or 0) or 0 for h in hover) >= 0:
+        _percent(axes, max(values))
+    elif min(values) >= 0:
         axes.set_ylim(bottom=0)
     _steps_axis(axes, runs)
     metrics = [metric for _, metric in lines]
@@ -162,7 +110,9 @@ def held_out(runs: list[Run]) -> dict | None:
             for end, side in ends:
                 below = (values[0] < values[-1]) == (end == 0) and len(steps) > 1
                 place = (5 if end == 0 else 0, -12 if below else 6)
-                axes.annotate(f"{values[end]:.1%}", (steps[end], values[end]), place, textcoords="offset points", ha=side, weight="bold")
+                axes.annotate(
+                    f"{values[end]:.1%}", (steps[end], values[end]), place, textcoords="offset points", ha=side, weight="bold"
+                )
         hover.append(dict(label=run.name if len(runs) > 1 else "accuracy", steps=steps, values=_clean(values)))
     if not hover:
         return None
@@ -191,12 +141,6 @@ def _line(axes: Axes, steps: list[int], values: list[float], colour: str, dash="
 # ----------------------------------------------------------------------------------------------------------------------
 # The reward model
 
-SCORE_CURVES = Panel(
-    "Scores outside the bounds", {"held at a bound": "reward/rm_clamped_frac"},
-    "Share of scores beyond the warmup's bounds. Beyond them the reward no longer grows; a high share asks for another warmup.",
-    share=True,
-)  # fmt: skip
-
 
 def reward_model(run: Run, several: bool) -> list[dict | None]:
     """Scores of right and of wrong answers: over the steps, at both ends of the run, and how well they tell them apart."""
@@ -214,7 +158,7 @@ def reward_model(run: Run, several: bool) -> list[dict | None]:
     for name, end in ends.items():
         part = np.isin(steps, end)
         figures.append(_histogram(run, of, name, end, scores[part], right[part], (scores.min(), scores.max())))
-    return [*figures, curves(SCORE_CURVES, [run])]
+    return figures
 
 
 def _bins(steps: np.ndarray, most: int = 24) -> list[np.ndarray]:
@@ -241,11 +185,15 @@ def _score_fan(run: Run, of: str, steps: np.ndarray, scores: np.ndarray, right: 
     _bounds(axes, run, horizontal=True)
     _steps_axis(axes, [run])
     reading = (
-        "Median, middle half and middle 80 % of the raw scores. Good: right answers lie above wrong ones and stay there. Hacked: wrong "
-        "answers climb to the right ones while accuracy does not. Dashed: the warmup's bounds, outside of which scores are cut."
+        "Median, middle half and middle 80 % of the raw scores. Good: right answers lie above wrong ones and stay there. Hacked: "
+        "wrong answers climb to the right ones while accuracy does not."
     )
+    if run.bounds:
+        reading += " Dashed: the warmup's bounds, outside of which scores are held."
     key = [dict(label=f"{v} answers", colour=v, dash=0) for v in ("right", "wrong")]
-    return _finish(figure, axes, f"Scores of right and wrong answers{of}", reading, key, hover, ["reward/rm_mean", "reward/rm_std"])
+    return _finish(
+        figure, axes, f"Scores of right and wrong answers{of}", reading, key, hover, ["reward/rm_mean", "reward/rm_std"]
+    )
 
 
 def _auc(run: Run, of: str, steps: np.ndarray, scores: np.ndarray, right: np.ndarray) -> dict | None:
@@ -266,8 +214,8 @@ def _auc(run: Run, of: str, steps: np.ndarray, scores: np.ndarray, right: np.nda
     _percent(axes)
     _steps_axis(axes, [run])
     reading = (
-        "How often a right answer scores above a wrong one of the same steps (AUC; ties count half). A fall towards 50 % says that the "
-        "policy has found what pleases the reward model without being right."
+        "How often a right answer scores above a wrong one of the same steps (AUC; ties count half). A fall towards 50 % says that "
+        "the policy has found what pleases the reward model without being right."
     )
     hover = [dict(label="AUC", steps=[round(x) for x in xs], values=_clean(values))]
     return _finish(figure, axes, f"Does it tell right from wrong?{of}", reading, [], hover, [], True)
@@ -321,7 +269,7 @@ def _bounds(axes: Axes, run: Run, horizontal: bool) -> None:
 
 
 def weight(run: Run, several: bool, most: int = 700) -> dict | None:
-    """What the weight followed: the group's sigma_u (sigmoid) or the completion's r_hat (tanh), early steps pale, late ones full."""
+    """What the weight followed: the group's sigma_u (sigmoid) or the completion's own r_hat (tanh); late steps darker."""
     s = run.settings
     if not run.rollouts or s.get("reward_mode") != "hybrid" or not run.has_scores:
         return None
@@ -336,7 +284,7 @@ def weight(run: Run, several: bool, most: int = 700) -> dict | None:
     if by_sigma and sigma_bar:
         line = [difficulty_weight(sigma_bar[-1], x, s["w_min"], s["w_max"], s["k"]) for x in grid]
         axes.axvline(sigma_bar[-1], color=INK, linestyle="--", linewidth=0.9)
-        axes.text(sigma_bar[-1], 0.02, " sigma_bar now", transform=axes.get_xaxis_transform(), fontsize=7.5)
+        axes.text(sigma_bar[-1], 0.02, " last sigma_bar", transform=axes.get_xaxis_transform(), fontsize=7.5)
     else:
         line = [tanh_weight(x, s["w_min"], s["w_max"]) for x in grid]
     axes.plot(grid, line, color=FAINT, linewidth=1)
@@ -346,13 +294,15 @@ def weight(run: Run, several: bool, most: int = 700) -> dict | None:
         axes.plot(xs[part], ys[part], "o", color=SERIES[0], alpha=0.15 + 0.8 * low, markersize=3.5, markeredgewidth=0)
     axes.set(xlabel="sigma_u of the question" if by_sigma else "r_hat of the completion", ylabel="weight")
     reading = (
-        "A point for each question and step, late steps darker. Right of sigma_bar the scores spread more than usual and the question "
-        "counts for more. The line is the weight at today's sigma_bar; points off it had another."
+        "A point for each question and step, late steps darker. Right of sigma_bar the scores spread more than usual and the "
+        "question counts for more. The line is the weight at the last sigma_bar; points off it had another."
         if by_sigma
         else "A point for each completion, late steps darker. The experimental weight grows with the completion's own r_hat."
     )
     of = f" ({run.name})" if several else ""
-    return _finish(figure, axes, f"Weight by {'difficulty' if by_sigma else 'score'}{of}", reading, [], [], ["reward/weight_mean"])
+    return _finish(
+        figure, axes, f"Weight by {'difficulty' if by_sigma else 'score'}{of}", reading, [], [], ["reward/weight_mean"]
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -401,7 +351,7 @@ def _finish(
     svg = out.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r'^<svg [^>]*viewBox="([^"]+)"[^>]*>', r'<svg viewBox="\1" role="img" aria-hidden="true">', svg)
-    svg = re.sub(r"#0[1-9a]0[1-9a]0[1-9a]\b", lambda m: f"var(--{VARIABLES[m[0]]})", svg)
+    svg = re.sub(r"#0[1-9a]0[1-9a]0[1-9a]\b", lambda m: f"var(--{VARIABLES[int(m[0][1:3], 16) - 1]})", svg)
     svg = re.sub(r"'DejaVu Sans'[^;\"]*", "var(--font)", svg)
     name = re.sub(r"\W+", "-", title)
     svg = re.sub(r'(id="|url\(#|xlink:href="#)', rf"\g<1>{name}-", svg)  # no two figures may share an id

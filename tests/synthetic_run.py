@@ -29,7 +29,12 @@ def write_run(
         total_steps=total_steps or steps, eval_problems=200 if evaluate else 0,
     )  # fmt: skip
     folder.mkdir(parents=True)
-    config = {"hyperparameters": hyperparameters | settings, "versions": {}, "git_commit": "0" * 40, "started": "2026-01-01T00:00:00"}
+    config = {
+        "hyperparameters": hyperparameters | settings,
+        "versions": {},
+        "git_commit": "0" * 40,
+        "started": "2026-01-01T00:00:00",
+    }
     (folder / "config.json").write_text(json.dumps(config))
     metrics, rollouts = [], []
     for step in range(steps):
