@@ -266,9 +266,8 @@ def main(
     if reward_mode == "rm" and reward_model is None:
         raise InputError("--reward-mode rm: the reward model could not be loaded, see above")
 
-    resolved = {"device": str(run_device), "compute_dtype": str(compute_dtype)}
-    sizes = {"total_steps": total_steps, "eval_problems": len(eval_problems)}
-    run = RunLog(folder, run_name is None, hyperparameters | resolved | sizes)
+    resolved = {"device": str(run_device), "compute_dtype": str(compute_dtype), "total_steps": total_steps}
+    run = RunLog(folder, run_name is None, hyperparameters | resolved)
     if wandb_project:
         accelerator.init_trackers(wandb_project, hyperparameters, {"wandb": {"name": run.folder.name, "dir": str(run.folder)}})
     defaults = {name: p.default for name, p in inspect.signature(main).parameters.items()}

@@ -22,7 +22,7 @@ import tyro
 from markupsafe import Markup, escape
 
 from src.errors import InputError
-from src.run_reader import Run, read_run, wilson_interval
+from src.run_reader import Run, read_run
 
 PAGE = Path(__file__).parent / "report_page"
 METRICS = Path(__file__).parent.parent / "docs" / "metrics.md"
@@ -69,16 +69,14 @@ def result(run: Run) -> str:
     done = f"{run.steps} step{'s' * (run.steps > 1)}"
     if run.total_steps and run.steps < run.total_steps:
         done = f"the first {run.steps} of {run.total_steps} steps"
-    took = f"in {done} and {run.minutes:.1f} minutes on {run.settings.get('device', 'an unknown device')}"
+    took = f"in {done} and {run.minutes:.1f} minutes on {run.device}"
     _, held_out = run.series("eval/accuracy")
     if len(held_out) > 1:
         first, last = held_out[0], held_out[-1]
         moved = "stayed at" if first == last else f"{'rose' if last > first else 'fell'} from {percent(first)} to"
-        of = ""
-        if n := run.settings.get("eval_problems"):
-            low, high = wilson_interval(last, n)
-            of = f" of {n} problems (95 % interval {percent(low, 0)} to {percent(high, 0)})"
-        return f"Held-out accuracy {moved} {percent(last)}{of} {took}."
+        low, high = (run.series(f"eval/accuracy_{end}")[1] for end in ("low", "high"))
+        interval = f" (95 % interval {percent(low[-1])} to {percent(high[-1])})" if low else ""
+        return f"Held-out accuracy {moved} {percent(last)}{interval} {took}."
     _, right = run.series("reward/rule_mean")
     if len(right) == 1:
         return f"{percent(right[0], 0)} of the sampled answers were right {took}."
@@ -119,7 +117,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
         ("steps", done),
         ("a step", f"{s.get('rollouts_per_step')} questions x {s.get('group_size')} completions"),
         ("time", f"{run.minutes:.1f} minutes of steps"),
-        ("device", f"{s.get('device')}, {str(s.get('compute_dtype', '')).removeprefix('torch.')}"),
+        ("device", f"{run.device}, {str(s.get('compute_dtype', '')).removeprefix('torch.')}"),
         ("started", str(run.config.get("started", "")).replace("T", " ")),
         ("last line written", run.written.isoformat(sep=" ", timespec="seconds")),
         ("commit", str(run.config.get("git_commit") or "unknown")[:10]),

@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from src.hybrid_reward import difficulty_weight, tanh_weight
 from src.report_panels import PANELS, SCORES, Panel
-from src.run_reader import Run, wilson_interval
+from src.run_reader import Run
 
 # matplotlib draws in placeholders, which become variables of style.css.
 VARIABLES = ("ink", "faint", "right", "wrong", "s1", "s2", "s3", "s4", "s5", "s6")
@@ -29,6 +29,7 @@ STYLE = {
     "axes.axisbelow": True, "lines.linewidth": 1.5, "axes.formatter.useoffset": False, "xtick.major.size": 2.5,
     "ytick.major.size": 0, "axes.unicode_minus": False, "axes.linewidth": 0.7,
 }  # fmt: skip
+HELD_OUT = ("eval/accuracy", "eval/accuracy_low", "eval/accuracy_high")
 SMOOTH_FROM = 60  # points of a curve from which on a running mean lies over it
 
 
@@ -42,7 +43,15 @@ def sections(runs: list[Run]) -> list[dict]:
         found[1]["figures"] += [curves(SCORES, runs)] if found[1]["figures"] else []
         found[2]["figures"] += [weight(run, len(runs) > 1) for run in runs]
         drawn = {metric for panels in PANELS.values() for panel in panels for metric in panel.curves.values()}
-        drawn |= {"step", "eval/accuracy", "reward/rm_min", "reward/rm_max", *SCORES.curves.values()}
+        drawn |= {
+            "step",
+            "eval/accuracy",
+            "eval/accuracy_low",
+            "eval/accuracy_high",
+            "reward/rm_min",
+            "reward/rm_max",
+            *SCORES.curves.values(),
+        }
         others = sorted({name for run in runs for row in run.metrics for name in row} - drawn)
         found.append(dict(title="Every other metric", figures=[curves(Panel(name, {"": name}, ""), runs) for name in others]))
     for section in found:
@@ -98,30 +107,27 @@ def held_out(runs: list[Run]) -> dict | None:
         steps, values = run.series("eval/accuracy")
         if not steps:
             continue
-        colour, n = SERIES[i % len(SERIES)], run.settings.get("eval_problems")
-        if n:
-            band = [wilson_interval(value, n) for value in values]
-            axes.fill_between(steps, [low for low, _ in band], [high for _, high in band], color=colour, alpha=0.18, linewidth=0)
-            if len(steps) == 1:
-                axes.errorbar(steps, values, [[values[0] - band[0][0]], [band[0][1] - values[0]]], color=colour, capsize=3)
+        colour = SERIES[i % len(SERIES)]
+        low, high = run.series("eval/accuracy_low")[1], run.series("eval/accuracy_high")[1]
+        if len(low) == len(steps):
+            axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
+            axes.vlines(steps, low, high, color=colour, alpha=0.5, linewidth=1)
         axes.plot(steps, values, color=colour, marker="o", markersize=3.5)
-        if len(runs) == 1:
-            ends = [(0, "left")] + [(-1, "right")] * (len(steps) > 1)
-            for end, side in ends:
-                below = (values[0] < values[-1]) == (end == 0) and len(steps) > 1
-                place = (5 if end == 0 else 0, -12 if below else 6)
-                axes.annotate(
-                    f"{values[end]:.1%}", (steps[end], values[end]), place, textcoords="offset points", ha=side, weight="bold"
-                )
+        for end, side in [(0, "left"), (-1, "right")][: len(steps)] if len(runs) == 1 else []:
+            below = len(steps) > 1 and (values[0] < values[-1]) == (end == 0)
+            place, text = (5 if end == 0 else 0, -12 if below else 6), f"{100 * values[end]:.1f} %"
+            axes.annotate(text, (steps[end], values[end]), place, textcoords="offset points", ha=side, weight="bold")
         hover.append(dict(label=run.name if len(runs) > 1 else "accuracy", steps=steps, values=_clean(values)))
     if not hover:
         return None
     _percent(axes, 1.0)
     _steps_axis(axes, runs)
     reading = "Share of problems never trained on that are answered right, greedily, after so many steps."
-    if any(run.settings.get("eval_problems") for run in runs):
+    if any(run.series("eval/accuracy_low")[0] for run in runs):
         reading += " The band is the 95 % confidence interval that their number allows: what lies within it may be luck."
-    return _finish(figure, axes, "Held-out accuracy", reading, [], hover, ["eval/accuracy"], True)
+    return _finish(
+        figure, axes, "Held-out accuracy", reading, [], hover, ["eval/accuracy", "eval/accuracy_low", "eval/accuracy_high"], True
+    )
 
 
 def _line(axes: Axes, steps: list[int], values: list[float], colour: str, dash="-") -> None:
@@ -214,8 +220,8 @@ def _auc(run: Run, of: str, steps: np.ndarray, scores: np.ndarray, right: np.nda
     _percent(axes)
     _steps_axis(axes, [run])
     reading = (
-        "How often a right answer scores above a wrong one of the same steps (AUC; ties count half). A fall towards 50 % says that "
-        "the policy has found what pleases the reward model without being right."
+        "How often a right answer scores above a wrong one of the same steps (AUC; ties count half). A fall towards 50 % says "
+        "that the policy has found what pleases the reward model without being right."
     )
     hover = [dict(label="AUC", steps=[round(x) for x in xs], values=_clean(values))]
     return _finish(figure, axes, f"Does it tell right from wrong?{of}", reading, [], hover, [], True)

@@ -33,8 +33,8 @@ PANELS = {
         Panel(
             "Groups of one verdict",
             {"all wrong": "reward/all_wrong_frac", "all right": "reward/all_right_frac", "no advantage": "reward/zero_std_frac"},
-            "Share of questions whose completions all have one verdict, and of those that all earn the same and so teach nothing. "
-            "The gap between the two is what the reward model adds.",
+            "Share of questions whose completions all have one verdict, and of those that all earn the same and so teach "
+            "nothing; the gap between the two is what the reward model adds.",
             share=True,
             colours=("wrong", "right", "ink"),
         ),

@@ -8,8 +8,6 @@ from pathlib import Path
 
 from src.errors import InputError
 
-Z95 = 1.959964  # two-sided 95 % of a normal distribution
-
 
 @dataclass
 class Run:
@@ -42,6 +40,10 @@ class Run:
     @property
     def total_steps(self) -> int | None:
         return self.settings.get("total_steps")  # runs from before it was recorded have none
+
+    @property
+    def device(self) -> str:
+        return self.settings.get("run_device") or self.settings.get("device") or "an unknown device"
 
     @property
     def minutes(self) -> float:
@@ -96,9 +98,3 @@ def _read_lines(path: Path) -> tuple[list[dict], int]:
             except ValueError:
                 torn += 1
     return rows, torn
-
-
-def wilson_interval(accuracy: float, n: int) -> tuple[float, float]:
-    """95 % confidence interval of a share of n (Wilson's score interval, which stays within 0 and 1)."""
-    middle, half = accuracy + Z95**2 / (2 * n), Z95 * math.sqrt(accuracy * (1 - accuracy) / n + Z95**2 / (4 * n * n))
-    return (middle - half) / (1 + Z95**2 / n), (middle + half) / (1 + Z95**2 / n)
