@@ -196,7 +196,7 @@ def page(runs: list[Run], most: int = 20_000) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters["prose"] = _prose
+    environment.filters |= dict(prose=_prose, sentence=lambda text: _prose(text[0].upper() + text[1:]))
     environment.policies["json.dumps_kwargs"] = dict(separators=(",", ":"), allow_nan=False)
     names = sorted({name for run in runs for name in run.settings})
     values = [(name, [run.settings.get(name) for run in runs]) for name in names]

@@ -290,7 +290,7 @@ def weight(run: Run, several: bool, most: int = 700) -> dict | None:
     if by_sigma and sigma_bar:
         line = [difficulty_weight(sigma_bar[-1], x, s["w_min"], s["w_max"], s["k"]) for x in grid]
         axes.axvline(sigma_bar[-1], color=INK, linestyle="--", linewidth=0.9)
-        axes.text(sigma_bar[-1], 0.02, " last sigma_bar", transform=axes.get_xaxis_transform(), fontsize=7.5)
+        axes.text(sigma_bar[-1], 0.5, " last sigma_bar", transform=axes.get_xaxis_transform(), fontsize=7.5)
     else:
         line = [tanh_weight(x, s["w_min"], s["w_max"]) for x in grid]
     axes.plot(grid, line, color=FAINT, linewidth=1)

@@ -47,15 +47,17 @@ def open_page(browser):
     assert all(url.startswith("file://") for url in asked) and len(asked) == len(contexts)
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, policy_folder, reward_model_folder):
-    """The folder of a real run of 20 steps, of the tiny policy with a tiny reward model."""
-    folder = tmp_path_factory.mktemp("runs")
+@pytest.fixture(scope="module", params=["tiny", pytest.param("embedded", marks=pytest.mark.slow)])
+def trained(request, tmp_path_factory, policy_folder, reward_model_folder):
+    """The folder of a real run of 20 steps with a reward model: of tiny random models, or of the embedded ones (two minutes)."""
+    if request.param == "tiny":
+        models = dict(model_name=str(policy_folder), reward_model_name=str(reward_model_folder), max_length=160)
+    else:
+        models = dict(model_name="embedded")
     return train.main(
-        model_name=str(policy_folder), reward_model_name=str(reward_model_folder), device="cpu",
-        data=str(ROOT / "data/dummy_math_tasks.jsonl"), eval_data=str(ROOT / "data/dummy_math_tasks.jsonl"), eval_interval=10,
-        rollouts_per_step=2, group_size=4, train_batch_size=8, max_length=160, max_new_tokens=12, max_steps=20,
-        checkpoint_interval=20, output=str(folder), run_name="run",
+        **models, device="cpu", data=str(ROOT / "data/dummy_math_tasks.jsonl"), rollouts_per_step=2, group_size=4,
+        train_batch_size=8, max_new_tokens=12, max_steps=20, eval_data=str(ROOT / "data/dummy_math_tasks.jsonl"),
+        eval_interval=10, checkpoint_interval=20, output=str(tmp_path_factory.mktemp("runs")), run_name="run",
     )  # fmt: skip
 
 

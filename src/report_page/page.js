@@ -205,9 +205,9 @@ function bandOf(i) {
 }
 
 function bar(i, parts = ["band", "fill", "tick"]) {
-  const verdict = correct(i) ? "right" : "wrong", weight = parts.includes("fill") ? columns.weight[i] : 1, [low, high] = bandOf(i);
+  const verdict = correct(i) ? "right" : "wrong";
   const element = make("span", "why");
-  if (parts.includes("band")) element.append(piece(`band ${verdict}`, weight * low, weight * high));
+  if (parts.includes("band")) element.append(piece(`band ${verdict}`, ...bandOf(i)));
   if (parts.includes("fill")) element.append(piece(`fill ${verdict}`, 0, columns.reward[i]));
   element.append(piece("zero", 0));
   if (parts.includes("tick")) element.append(piece("tick", columns.r_hat[i]));
