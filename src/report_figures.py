@@ -290,11 +290,12 @@ def weight(run: Run, several: bool, most: int = 700) -> dict | None:
     if by_sigma and sigma_bar:
         line = [difficulty_weight(sigma_bar[-1], x, s["w_min"], s["w_max"], s["k"]) for x in grid]
         axes.axvline(sigma_bar[-1], color=INK, linestyle="--", linewidth=0.9)
-        axes.text(sigma_bar[-1], 0.5, " last sigma_bar", transform=axes.get_xaxis_transform(), fontsize=7.5)
+        side = "right" if sigma_bar[-1] > grid.mean() else "left"
+        axes.text(sigma_bar[-1], 0.5, " last sigma_bar ", ha=side, transform=axes.get_xaxis_transform(), fontsize=7.5)
     else:
         line = [tanh_weight(x, s["w_min"], s["w_max"]) for x in grid]
     axes.plot(grid, line, color=FAINT, linewidth=1)
-    late = (steps - steps.min()) / max(np.ptp(steps), 1)
+    late = (steps - steps.min()) / np.ptp(steps) if np.ptp(steps) else np.ones_like(steps)
     for low in np.linspace(0, 0.8, 5):  # five shades
         part = (late >= low) & (late < low + 0.2 + (low == 0.8))
         axes.plot(xs[part], ys[part], "o", color=SERIES[0], alpha=0.15 + 0.8 * low, markersize=3.5, markeredgewidth=0)
@@ -325,7 +326,7 @@ def _canvas() -> tuple[Figure, Axes]:
 def _steps_axis(axes: Axes, runs: Iterable[Run]) -> None:
     last = max((row["step"] for run in runs for row in run.metrics), default=0)
     axes.set_xlim(-0.5 if last < 2 else -0.02 * last, max(last * 1.02, 0.5))
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=(1, 2, 5, 10)))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1, steps=(1, 2, 5, 10)))
     axes.set_xlabel("step")
 
 

@@ -91,6 +91,7 @@ for (const figure of document.querySelectorAll("figure[data-hover]")) {
   });
   plot.addEventListener("pointerleave", () => { cursor.remove(); values.replaceChildren(); });
   plot.addEventListener("click", (event) => {
+    if (event.pointerType === "touch") return; // a tap reads values, as pointing does
     const step = String(stepAt(event)), select = byId("step");
     if (![...select.options].some((option) => option.value === step)) return; // the last evaluation has no completions
     select.value = step;
