@@ -56,7 +56,7 @@ def main(completions: int = 20_000, repetitions: int = 5, json_file: Path | None
     times: dict[str, list[float]] = {"draw the page, ms": [], "first contentful paint, ms": [], "list ready, ms": []}
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         run = write_run(Path(folder) / "run", steps=completions // 40, questions=5, group_size=8, words=100)
-        page([read_run(run)])  # imports matplotlib
+        page([read_run(run, 1)])  # imports matplotlib
         for _ in range(3):
             started = time.perf_counter()
             renew_report(run)

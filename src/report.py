@@ -25,6 +25,7 @@ from src.errors import InputError
 from src.run_reader import Run, read_run
 
 PAGE = Path(__file__).parent / "report_page"
+MOST_COMPLETIONS = 20_000  # of all runs on a page
 METRICS = Path(__file__).parent.parent / "docs" / "metrics.md"
 
 
@@ -131,22 +132,14 @@ COLUMNS = ("step", "tokens", "rm_score", "n", "sigma_u", "r_hat", "weight", "rew
 SETTINGS = ("reward_mode", "reward_scorer", "rm_bounds", "advantage_scale", "alpha", "beta", "w_min", "w_max")
 
 
-def browser_data(runs: list[Run], most: int) -> dict:
-    """What page.js lists, by columns: a number for each completion in each. Questions are said once.
-
-    Args:
-        most: Completions in the page. Of more than that, whole steps are kept at equal distances, the last one among them.
-    """
+def browser_data(runs: list[Run]) -> dict:
+    """What page.js lists, by columns: a value for each completion in each. Questions are said once."""
     texts: dict[tuple[str, str], int] = {}
     columns: dict[str, list] = {name: [] for name in (*COLUMNS, "run", "group", "question", "flags", "parsed", "completion")}
     group, about = -1, []
     for index, run in enumerate(runs):
-        steps = sorted({row["step"] for row in run.rollouts})
-        share = min(1.0, most / len(runs) / max(len(run.rollouts), 1))
-        count = max(1, int(share * len(steps)))
-        kept = {steps[-1 - i * len(steps) // count] for i in range(count)} if steps else set()
         previous, in_group = None, 0
-        for row in (row for row in run.rollouts if row["step"] in kept):
+        for row in run.rollouts:
             asked = (row["question"], row["answer"])
             if (row["step"], asked) != previous or in_group == run.settings.get("group_size"):
                 previous, in_group, group = (row["step"], asked), 0, group + 1
@@ -162,7 +155,8 @@ def browser_data(runs: list[Run], most: int) -> dict:
         sigma_bar = dict(zip(*run.series("reward/sigma_bar"), strict=True))
         about.append(
             {name: run.settings.get(name) for name in SETTINGS}
-            | dict(name=run.name, scores=run.has_scores, bounds=run.bounds, steps=len(steps), kept=len(kept))
+            | dict(name=run.name, scores=run.has_scores, bounds=run.bounds and [_short(bound) for bound in run.bounds])
+            | dict(steps=run.sampled_steps, kept=len({row["step"] for row in run.rollouts}))
             | dict(sigma_bar={step: _short(value) for step, value in sigma_bar.items()})
         )
     return dict(runs=about, questions=[q for q, _ in texts], answers=[a for _, a in texts], columns=columns)
@@ -177,18 +171,11 @@ def _short(value: float) -> float | None:
 # The page
 
 
-def page(runs: list[Run], most: int = 20_000) -> str:
-    """The page as HTML.
-
-    Args:
-        runs: At least one; the curves of several lie over each other.
-        most: Completions in the browser, see `browser_data`.
-    """
+def page(runs: list[Run]) -> str:
+    """The page of one run or several as HTML."""
     from src import report_figures  # matplotlib, which a run does not need before its first checkpoint
 
     script = (PAGE / "page.js").read_text(encoding="utf-8")
-    data = browser_data(runs, most)
-    data["runs"] = [about | dict(bounds=about["bounds"] and [_short(b) for b in about["bounds"]]) for about in data["runs"]]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(PAGE),
         autoescape=True,
@@ -212,7 +199,7 @@ def page(runs: list[Run], most: int = 20_000) -> str:
         meanings=meanings(),
         settings=values,
         differing=[name for name in differing if name not in ("run_name", "output")],
-        data=data,
+        data=browser_data(runs),
         drawn=datetime.now().isoformat(sep=" ", timespec="seconds"),
         style=Markup((PAGE / "style.css").read_text(encoding="utf-8")),
         script=Markup(script),
@@ -235,7 +222,7 @@ def write_report(runs: list[Run], file: Path) -> None:
 def renew_report(folder: Path) -> None:
     """Draw a run's report.html from what is on disk. Whatever goes wrong there is said once and never stops the run."""
     try:
-        write_report([read_run(folder)], folder / "report.html")
+        write_report([read_run(folder, MOST_COMPLETIONS)], folder / "report.html")
     except Exception as error:  # a full disk, a matplotlib of another version: nothing in here may cost a training run
         _warn(f"warning: {folder / 'report.html'} could not be drawn ({type(error).__name__}: {error}); training goes on")
 
@@ -262,7 +249,7 @@ def main(runs: tyro.conf.Positional[list[Path]], output: Path | None = None) -> 
         raise InputError("no run given; give at least one output/<run>")
     file = output or (runs[0] if len(runs) == 1 else runs[0].parent) / "report.html"
     try:
-        write_report([read_run(folder) for folder in runs], file)
+        write_report([read_run(folder, MOST_COMPLETIONS // len(runs)) for folder in runs], file)
     except OSError as error:
         raise InputError(f"--output {file}: cannot be written ({error.strerror}); name another file") from None
     print(f"wrote {file}")

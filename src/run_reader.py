@@ -2,11 +2,15 @@
 
 import json
 import math
+import re
+from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 from src.errors import InputError
+
+STEP = re.compile(rb'\{"step": (\d+),')  # how a line of rollouts.jsonl begins
 
 
 @dataclass
@@ -17,7 +21,8 @@ class Run:
     config: dict  # of config.json
     settings: dict  # its hyperparameters
     metrics: list[dict]  # by step, each step once
-    rollouts: list[dict]
+    rollouts: list[dict]  # of all steps, or of a long run of as many as were asked for
+    sampled_steps: int  # that rollouts.jsonl has
     torn: int  # lines that are not whole: a run that was killed in mid-line
     written: datetime  # when the last line was
 
@@ -63,8 +68,13 @@ class Run:
         return low[-1], high[-1]
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path, most: int) -> Run:
     """Read a run's files, whatever state it is in.
+
+    Args:
+        folder: The run's.
+        most: Completions to read. Of more than that, whole steps are read at equal distances, the last one among them: a
+            report is drawn while the run trains, and may take neither long nor much memory.
 
     Raises:
         InputError: There is no run in the folder.
@@ -75,24 +85,38 @@ def read_run(folder: Path) -> Run:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{folder}: no run's folder, config.json cannot be read ({reason}); give output/<run>") from None
     metrics, torn_metrics = _read_lines(folder / "metrics.jsonl")
-    rollouts, torn_rollouts = _read_lines(folder / "rollouts.jsonl")
+    rollouts, torn_rollouts, sampled_steps = _read_rollouts(folder / "rollouts.jsonl", most)
     by_step = {row["step"]: row for row in metrics}
     log = folder / "metrics.jsonl"
     written = datetime.fromtimestamp((log if log.exists() else folder / "config.json").stat().st_mtime)
     return Run(
         folder.resolve().name, config, config["hyperparameters"], [by_step[step] for step in sorted(by_step)], rollouts,
-        torn_metrics + torn_rollouts, written,
+        sampled_steps, torn_metrics + torn_rollouts, written,
     )  # fmt: skip
 
 
-def _read_lines(path: Path) -> tuple[list[dict], int]:
-    """The records of a JSONL file, and how many lines were torn."""
+def _read_rollouts(path: Path, most: int) -> tuple[list[dict], int, int]:
+    """Completions of whole steps, how many of their lines were torn, and how many steps there are to take them from."""
+    if not path.exists():
+        return [], 0, 0
+    with path.open("rb") as file:
+        lines = Counter(int(match[1]) for line in file if (match := STEP.match(line)))
+    steps, total = sorted(lines), sum(lines.values())
+    count = min(len(steps), max(1, len(steps) * most // max(total, 1)))
+    kept = {steps[-1 - i * len(steps) // count] for i in range(count)}
+    rows, torn = _read_lines(path, kept)
+    return rows, torn, len({row["step"] for row in rows}) + len(steps) - len(kept)
+
+
+def _read_lines(path: Path, steps: set[int] | None = None) -> tuple[list[dict], int]:
+    """The records of a JSONL file, all or those of some steps, and how many lines were torn: a killed run leaves one."""
     if not path.exists():
         return [], 0
     rows, torn = [], 0
-    # Not splitlines: JSON strings may hold U+2028. A torn line may end within a character.
-    for line in path.read_bytes().split(b"\n"):
-        if line.strip():
+    with path.open("rb") as file:  # bytes: JSON strings may hold U+2028, and a torn line may end within a character
+        for line in file:
+            if not line.strip() or (steps is not None and (match := STEP.match(line)) and int(match[1]) not in steps):
+                continue
             try:
                 rows.append(json.loads(line))
             except ValueError:

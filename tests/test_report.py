@@ -11,12 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import train
-from src import report, report_figures
+from src import report, report_figures, run_reader
 from src.errors import InputError
 from src.report import browser_data, concerns, main, meanings, page, renew_report, result
-from src.run_reader import read_run
 from tests.conftest import ROOT, run_command
 from tests.synthetic_run import BOUNDS, write_run
+
+
+def read_run(folder: Path, most: int = 20_000) -> run_reader.Run:
+    return run_reader.read_run(folder, most)
 
 
 def data_of(html: str) -> dict:
@@ -53,7 +56,7 @@ def test_two_groups_of_one_question_stay_two(tmp_path):
     run = read_run(write_run(tmp_path / "run", steps=1, questions=2, group_size=4))
     for row in run.rollouts:
         row["question"], row["answer"] = "the same", "1"
-    assert browser_data([run], 100)["columns"]["group"] == [0] * 4 + [1] * 4
+    assert browser_data([run])["columns"]["group"] == [0] * 4 + [1] * 4
 
 
 @pytest.mark.parametrize(
@@ -127,14 +130,18 @@ def test_a_run_from_before_the_bounds_were_recorded_has_a_page(tmp_path):
     assert data_of(page([read]))["runs"][0]["bounds"] is None
 
 
-def test_a_long_run_keeps_whole_steps_at_equal_distances_and_says_so(tmp_path):
-    run = read_run(write_run(tmp_path / "run", steps=50, questions=2, group_size=2, words=1))
-    data = browser_data([run], most=60)
-    steps = sorted(set(data["columns"]["step"]))
-    assert len(data["columns"]["step"]) == 60 == 4 * len(steps)
+def test_of_a_long_run_whole_steps_at_equal_distances_are_read(tmp_path):
+    folder = write_run(tmp_path / "run", steps=50, questions=2, group_size=2, words=1)
+    run = read_run(folder, most=60)
+    steps = sorted({row["step"] for row in run.rollouts})
+    assert len(run.rollouts) == 60 == 4 * len(steps)
     assert steps[-1] == 49 and set(np.diff(steps)) == {3, 4}
-    assert (data["runs"][0]["steps"], data["runs"][0]["kept"]) == (50, 15)
-    assert len(browser_data([run], most=200)["columns"]["step"]) == 200
+    about = browser_data([run])["runs"][0]
+    assert (about["steps"], about["kept"]) == (50, 15)
+    assert len(read_run(folder, most=200).rollouts) == 200
+    assert {row["step"] for row in read_run(folder, most=1).rollouts} == {49}
+    append(folder / "rollouts.jsonl", '{"step": 50, "question": "wh')
+    assert read_run(folder, most=60).torn == 1 and read_run(folder).sampled_steps == 50
 
 
 def test_several_runs_lie_over_each_other(tmp_path):
