@@ -260,7 +260,7 @@ def test_the_command_line_draws_one_run_and_several(tmp_path):
     assert main([tmp_path / "a", tmp_path / "b"]) == tmp_path / "report.html"
     assert main([tmp_path / "b"], output=tmp_path / "c.html").exists()
     done = run_command("-m", "src.report", str(tmp_path / "nothing"))
-    assert done.returncode == 1 and done.stderr.startswith("error: ") and "no run's folder" in done.stderr
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and "no run's folder" in done.stderr
     with pytest.raises(InputError, match="no run given"):
         main([])
     with pytest.raises(InputError, match="cannot be written"):
