@@ -52,6 +52,7 @@ from src.logprobs import completion_log_probs, micro_batches
 from src.math_verifier import MathVerifier, ground_truth_of
 from src.memory import Plan, check_fits, free_memory, keep_freed_memory, measure
 from src.patient_stream import PatientStream
+from src.report import renew_report
 from src.resume import changes, file_hash, named_flags, read_config, resumable
 from src.reward_model import AceRewardModel, RewardModelChoice, choose_reward_model
 from src.rollout import fit_memory, roll_out
@@ -205,8 +206,8 @@ def main(
         quiet: Print warnings and the result alone.
 
     Returns:
-        The run's folder: config.json, metrics.jsonl, rollouts.jsonl, step_<k>/; with eval_only evaluation.json and
-        evaluation.jsonl.
+        The run's folder: config.json, metrics.jsonl, rollouts.jsonl, report.html, step_<k>/; with eval_only evaluation.json
+        and evaluation.jsonl.
 
     Raises:
         InputError: A value that cannot work, before any training.
@@ -312,7 +313,7 @@ def main(
     if checkpoint:
         check_resumed(read_progress(checkpoint), progress, changed, total_steps, resume)
     config = {
-        "hyperparameters": resolved,
+        "hyperparameters": resolved | {"total_steps": total_steps},
         "data_sha256": {"data": file_hash(data), "eval_data": file_hash(eval_data)},
     }
     run = RunLog(folder, run_name is None, None if resume else config, accelerator.is_main_process)
@@ -442,6 +443,7 @@ def main(
             # Report and save
             metrics |= reward_metrics(scores, advantages, group_size) | completion_metrics(samples, scores)
             count_failures(reward_model, progress)
+            metrics |= {"reward/rm_min": progress.min_rm, "reward/rm_max": progress.max_rm}
             metrics |= {"reward/rm_failed": float(progress.rm_failed), "reward/rm_truncated": float(progress.rm_truncated)}
             metrics |= verifier_metrics | {"reward/sigma_bar": progress.sigma_bar.mean, "optim/lr": step_lr}
             metrics |= {"time/rollout_s": rollout_s, "time/score_s": score_s, "time/update_s": update_s}
@@ -464,6 +466,8 @@ def main(
                 saved = checkpoints.save(before)
                 if saved:
                     console.say(f"saved {saved}")
+                if accelerator.is_main_process:
+                    renew_report(run.folder)
             if give_up:
                 raise TrainingError(
                     f"{progress.skipped_in_a_row} optimizer steps in a row had a loss or gradient that is not finite; none was "
@@ -487,6 +491,7 @@ def main(
         accelerator.end_training()
     minutes = (time.perf_counter() - started) / 60
     if accelerator.is_main_process:
+        renew_report(run.folder)  # with the last evaluation
         console.say_summary(run.folder)
     accuracies = [f"{100 * accuracy:.1f} %" for accuracy in progress.accuracies]
     change = f"; held-out accuracy {accuracies[0]} -> {accuracies[-1]}" if accuracies else ""

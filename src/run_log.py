@@ -108,7 +108,7 @@ class RunLog:
             print(f"warning: {self.folder} cannot be locked here; see to it that no two processes write to it", flush=True)
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
-        """Append one step's metrics, names as in the README's table; null for what is not finite, for which JSON has no word."""
+        """Append one step's metrics, names as in docs/metrics.md; null for what is not finite, for which JSON has no word."""
         self._append("metrics.jsonl", [{"step": step, **{k: v if math.isfinite(v) else None for k, v in values.items()}}])
 
     def rollouts(self, rows: Iterable[dict]) -> None:
@@ -233,7 +233,7 @@ class Scores:
 
 
 def reward_metrics(scores: Scores, advantages: torch.Tensor, group_size: int) -> dict[str, float]:
-    """The reward/... metrics; the README has a line on each."""
+    """The reward/... metrics; docs/metrics.md has a line on each."""
     groups = scores.rewards.view(-1, group_size)  # (Q, G)
     rules = scores.rule_rewards.view(-1, group_size)
     no_advantage = (advantages.view(-1, group_size) == 0).all(dim=1)  # (Q,)

@@ -122,8 +122,9 @@ def reward_model_folder(tmp_path_factory, tokenizer) -> Path:
 
 
 @pytest.fixture
-def tiny(policy_folder, tmp_path) -> dict:
-    """Settings of main() for a run of seconds on the tiny policy."""
+def tiny(policy_folder, tmp_path, monkeypatch) -> dict:
+    """Settings of main() for a run of seconds on the tiny policy; it draws no report, which would take as long again."""
+    monkeypatch.setattr("train.renew_report", lambda folder: None)
     return dict(
         model_name=str(policy_folder),
         reward_model_name="none",

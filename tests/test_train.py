@@ -14,6 +14,7 @@ import train
 from src import models
 from src.errors import InputError
 from src.hybrid_reward import combine_hybrid_score, get_final_reward, get_our_final_reward
+from src.report import meanings
 from src.run_log import RunLog, choose_folder
 from tests.conftest import ROOT
 
@@ -451,7 +452,7 @@ def test_held_out_expressions_are_not_trained_on_in_any_wording_and_answers_are_
     assert len({p.question for p in train_problems + test_problems}) == 2200
 
 
-def test_every_hyperparameter_is_documented_and_every_metric_is_in_the_readme(tiny):
+def test_every_hyperparameter_is_documented_and_every_metric_has_a_line(tiny):
     docs = train.main.__doc__
     for name in inspect.signature(train.main).parameters:
         assert re.search(rf"^ +{name}: ", docs, re.MULTILINE), name
@@ -459,6 +460,6 @@ def test_every_hyperparameter_is_documented_and_every_metric_is_in_the_readme(ti
     assert not re.search(r"\b[A-Z]{4,}_[A-Z_]+\b", readme.replace("WANDB_MODE", "").replace("PIP_EXTRA_INDEX_URL", ""))  # no gaps
     run = train.main(**tiny | dict(max_steps=1, eval_data=tiny["data"]))
     for name in {key for row in metrics_of(run) for key in row} - {"step"}:
-        assert f"`{name}`" in readme, name
+        assert name in meanings(), f"docs/metrics.md has no line on {name}"
     for name in inspect.signature(train.main).parameters:
         assert f"`{name}`" in readme, name
