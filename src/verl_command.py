@@ -14,6 +14,7 @@ from src.errors import InputError
 from src.math_verifier import MathVerifier, ground_truth_of
 from src.models import EMBEDDED
 from src.reward_client import SIGMOID, like_probabilities, score_all
+from src.trackers import chosen_trackers
 
 # Parameters of train.py's main() that no override stands for, and what does.
 NO_COUNTERPART = {
@@ -22,6 +23,13 @@ NO_COUNTERPART = {
     "device": "verl trains on GPUs",
     "system_prompt": "part of the data: convert --system-prompt",
     "warmup_samples": "calibrate --warmup-samples",
+    "max_skipped_updates": "verl skips an update that is not finite, and goes on",
+    "resume": "running the command again resumes",
+    "eval_only": "trainer.val_only=True evaluates alone",
+    "eval_samples": "actor_rollout_ref.rollout.val_kwargs.n samples that many",
+    "eval_against": "compare checkpoints with train.py --eval-only",
+    "sample_interval": "trainer.log_val_generations shows some",
+    "quiet": "verl has no such flag",
 }
 LOSS_AGG_MODES = {"token": "token-mean", "sequence": "seq-mean-token-mean", "constant": "seq-mean-token-sum-norm"}
 
@@ -318,9 +326,10 @@ def run_overrides(h: dict, train_files: str, val_files: str | None) -> dict[str,
         "trainer.default_local_dir": f"{h['output']}/{name}-verl",
         "trainer.experiment_name": name,
         "trainer.save_freq": h["checkpoint_interval"],
+        "trainer.max_actor_ckpt_to_keep": h["keep_checkpoints"] or None,
         "trainer.v1.sampler.sync_refill_failed_groups": True,  # where a question's rollout fails, another is sampled
         "trainer.project_name": h["wandb_project"] or "hybrid",
-        "trainer.logger": "[console,wandb]" if h["wandb_project"] else "[console]",
+        "trainer.logger": f"[{','.join(['console', *chosen_trackers(h['tracker'], h['wandb_project'])])}]",
     }
 
 

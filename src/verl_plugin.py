@@ -29,7 +29,6 @@ from src.errors import InputError
 from src.grpo import compute_advantages
 from src.hybrid_reward import RunningMean, hybrid_rewards
 from src.math_verifier import MathVerifier
-from src.report import Scores, reward_metrics
 from src.reward_client import (
     SIGMOID,
     RewardModelAnswer,
@@ -38,6 +37,7 @@ from src.reward_client import (
     load_tokenizer,
     reward_model_score,
 )
+from src.run_log import Scores, reward_metrics
 
 # What algorithm.hybrid has to hold, all of it; `command` prints it. The first group goes to hybrid_rewards as it is.
 REWARD_SETTINGS = (
