@@ -100,7 +100,7 @@ def concerns(run: Run) -> list[dict]:
     """Metrics whose mean over the last quarter of the steps lies outside of their healthy range, with the advice."""
     found = []
     for name, meaning in meanings().items():
-        value = run.last(name)
+        value = run.last_quarter(name)
         if value is not None and not meaning.low <= value <= meaning.high:
             found.append(dict(metric=name, value=f"{value:.3g}", meaning=meaning))
     return found

@@ -31,10 +31,10 @@ class Run:
         rows = [row for row in self.metrics if metric in row]
         return [row["step"] for row in rows], [math.nan if row[metric] is None else row[metric] for row in rows]
 
-    def last(self, metric: str, quarter: int = 4) -> float | None:
+    def last_quarter(self, metric: str) -> float | None:
         """Mean over the last quarter of the steps; None where there is no finite value."""
         values = self.series(metric)[1]
-        values = [v for v in values[-math.ceil(len(values) / quarter) :] if math.isfinite(v)] if values else []
+        values = [v for v in values[3 * len(values) // 4 :] if math.isfinite(v)]
         return sum(values) / len(values) if values else None
 
     @property
