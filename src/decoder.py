@@ -3,7 +3,7 @@
 `GeneralDecoder` is any Hugging Face causal language model with its own cache. `LlamaDecoder` computes the same with the
 modules of a Llama-like model on a CPU, where the general forward spends most of a step outside of the matrix products: it
 copies the prompt's cache for every completion and grows it by copying it, expands key and value heads, lets oneDNN lay every
-weight out again for every product, and builds a mask in every layer.
+weight out again for every product, and builds a mask in every layer. On a GPU `static_decoder` replays a captured step.
 """
 
 from collections.abc import Callable
@@ -13,13 +13,16 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from src import kernels, llama
+from src import kernels, llama, static_decoder
 from src.logprobs import head_product
 
 PREFILL_TOKENS = 4096  # of prompts read at once
 
 
 class Decoder(Protocol):
+    look_every: int  # steps after which the sampler may look which rows go on; a look makes a GPU wait
+    shrinks: bool  # whether rows may leave
+
     def prefill(self, prompt_ids: list[list[int]], group_size: int, pad_id: int) -> torch.Tensor:
         """Read Q prompts once and give every row its prompt's cache.
 
@@ -36,17 +39,23 @@ class Decoder(Protocol):
 
 def make_decoder(model: PreTrainedModel, rows: int, columns: int) -> Decoder:
     """The fastest decoder that the model has, for a batch of `rows`, each at most `columns` tokens with its padding."""
-    return LlamaDecoder(model, rows, columns) if llama.fits(model) else GeneralDecoder(model)
+    if llama.fits(model):
+        return LlamaDecoder(model, rows, columns)
+    if static_decoder.fits(model):
+        return static_decoder.static_decoder(model, rows, columns)
+    return GeneralDecoder(model)
 
 
 class GeneralDecoder:
     """Any causal language model, through its own forward."""
 
+    look_every, shrinks = 1, True
+
     def __init__(self, model: PreTrainedModel):
         self.model = model
 
     def prefill(self, prompt_ids: list[list[int]], group_size: int, pad_id: int) -> torch.Tensor:
-        self.cache, logits, mask = _read(self.model, prompt_ids, pad_id)
+        self.cache, logits, mask = read_prompts(self.model, prompt_ids, pad_id)
         self.cache.batch_repeat_interleave(group_size)
         self.mask = mask.repeat_interleave(group_size, 0)  # (B, P), then a column more for each step
         self.positions = self.mask.sum(dim=1)  # (B,) where the next token goes
@@ -76,6 +85,8 @@ class LlamaDecoder:
     of them. Equal to the general forward up to rounding (tests/test_decoder.py), and rounded where `llama.packed_hidden` is, so
     that training finds the log-probs that were sampled from.
     """
+
+    look_every, shrinks = 1, True
 
     def __init__(self, model: PreTrainedModel, rows: int, columns: int):
         inner = model.model
@@ -134,7 +145,9 @@ class LlamaDecoder:
         self.positions = self.positions[rows]
 
 
-def _read(model: PreTrainedModel, prompt_ids: list[list[int]], pad_id: int) -> tuple[DynamicCache, torch.Tensor, torch.Tensor]:
+def read_prompts(
+    model: PreTrainedModel, prompt_ids: list[list[int]], pad_id: int
+) -> tuple[DynamicCache, torch.Tensor, torch.Tensor]:
     """Read Q prompts: their cache, the logits (Q, V) of the first token of a completion, and the mask (Q, P) of real tokens.
 
     Padded on the left, so that all completions grow from one column; positions count real tokens only.

@@ -82,20 +82,22 @@ def sample(
     for step in range(steps):
         uniform = None if temperature == 0 else torch.rand(whole, device=device, generator=generator)[first + rows]
         token, log_prob = _pick(logits, temperature, top_p, uniform)
-        alive = rows[going]
-        tokens[alive, step] = token[going]
-        log_probs[alive, step] = log_prob[going]
-        counts[alive] = step + 1
+        tokens[rows, step] = torch.where(going, token, pad_id)
+        log_probs[rows, step] = torch.where(going, log_prob, 0.0)
+        counts[rows] += going
         stopped = torch.isin(token, stops)
-        finished[rows[going & stopped]] = True
+        finished[rows] |= going & stopped
         going = going & ~stopped & (limits[rows] > step + 1)
-        left = int(going.sum())
-        if left == 0:
+        if (step + 1) % decoder.look_every == 0:
+            left = int(going.sum())
+            if left == 0:
+                break
+            if decoder.shrinks and left < COMPACT_BELOW * len(rows):
+                keep = going.nonzero()[:, 0]
+                decoder.keep(keep)
+                rows, token, going = rows[keep], token[keep], going[keep]
+        if step + 1 == steps:
             break
-        if left < COMPACT_BELOW * len(rows):
-            keep = going.nonzero()[:, 0]
-            decoder.keep(keep)
-            rows, token, going = rows[keep], token[keep], going[keep]
         logits = decoder.step(token)
     return _join(prompt_ids, group_size, tokens, log_probs, counts, finished, pad_id)
 

@@ -150,3 +150,61 @@ def test_without_a_compiler_the_general_path_does_it_all(policy, monkeypatch):
     general = run(policy, group_size=2)
     assert fast.completion_ids == general.completion_ids
     torch.testing.assert_close(fast.log_probs, general.log_probs, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def static_logits(model, prompts=PROMPTS, group_size=3, steps=6, compiled=False):
+    """Logits of the general and of the static decoder, step by step, fed the same tokens, in two batches one after the other."""
+    from src.static_decoder import StaticDecoder
+
+    static, pairs = StaticDecoder(model, len(prompts) * group_size, 64), []
+    if not compiled:
+        static._step, static.compiled = static._forward, True
+    for batch in range(2):
+        torch.manual_seed(batch)
+        decoders = [GeneralDecoder(model), static]
+        pairs.append(tuple(d.prefill(prompts, group_size, 2) for d in decoders))
+        for _ in range(steps):
+            token = torch.randint(3, 80, (len(prompts) * group_size,))
+            pairs.append(tuple(d.step(token) for d in decoders))
+        model.lm_head.weight.data *= 1.1  # as training does, in place
+        prompts = prompts[::-1]
+    return pairs
+
+
+@pytest.mark.parametrize("kind", ["grouped heads", "tied", "qwen2", "another family"])
+def test_the_decoder_for_gpus_equals_the_general_one(kind):
+    """On a CPU, where it is not used; what a graph replays is the same step."""
+    model = build(GPT2Config(vocab_size=80, n_embd=32, n_layer=2, n_head=4)) if kind == "another family" else MODELS[kind]()
+    for general, static in static_logits(model):
+        torch.testing.assert_close(static, general, atol=1e-4, rtol=1e-5)
+
+
+def test_the_step_for_gpus_compiles_once_and_whole(capsys):
+    """fullgraph: nothing in it goes back to Python. Two batches with other prompts and weights: one compilation."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for general, static in static_logits(make_policy(), compiled=True):
+        torch.testing.assert_close(static, general, atol=1e-4, rtol=1e-5)
+    out = capsys.readouterr().out
+    assert out.count("Compiling the decode step for 9 rows of 64 tokens") == 1
+    assert "could not be compiled" not in out
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_sampling_with_the_decoder_for_gpus_gives_the_same(policy, monkeypatch):
+    """Rows that have finished stay in the batch, and the sampler looks every few tokens only."""
+    from src import static_decoder
+
+    policy.lm_head.weight.data[2] += 0.3
+    expected = run(policy, group_size=8)
+    monkeypatch.setattr(llama, "fits", lambda model: False)
+    monkeypatch.setattr(static_decoder, "fits", lambda model: True)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    for _ in range(2):
+        static = run(policy, group_size=8)
+        assert static.completion_ids == expected.completion_ids
+        assert torch.equal(static.finished, expected.finished)
+        torch.testing.assert_close(static.log_probs, expected.log_probs, atol=1e-5, rtol=0)
+    (decoders,) = [static_decoder._decoders[policy]]
+    assert len(decoders) == 1
