@@ -173,7 +173,7 @@ class Checkpoints:
                 parameter.copy_(weights[name])
         self.master.write_back()
         moments = {
-            i: {part: values[name] for part, values in tensors.items() if name in values}
+            i: {part: values[name].clone() for part, values in tensors.items() if name in values}  # not a view of the file
             for i, name in enumerate(parameters)
             if any(name in values for values in tensors.values())
         }

@@ -1,32 +1,38 @@
 """Standard output that a full disk does not turn into the end of a run."""
 
+import contextlib
+import os
 from typing import TextIO
 
 
 class PatientStream:
-    """A text stream whose lines wait in memory while there is no room for them (`python train.py > train.log`).
+    """Writes lines as they are complete, and keeps those for which there is no room (`python train.py > train.log`).
 
     A pipe that nobody reads any longer still ends the program.
+
+    Args:
+        stream: Of a file, a pipe or a terminal.
     """
 
     def __init__(self, stream: TextIO):
+        stream.flush()
         self._stream = stream
+        self._waiting = b""
 
     def write(self, text: str) -> int:
-        try:
-            return self._stream.write(text)
-        except BrokenPipeError:
-            raise
-        except OSError:  # the stream has the text, and writes it when it can
-            return len(text)
+        self._waiting += text.encode(self._stream.encoding, "backslashreplace")
+        if "\n" in text:
+            self.flush()
+        return len(text)
 
     def flush(self) -> None:
-        try:
-            self._stream.flush()
-        except BrokenPipeError:
-            raise
-        except OSError:
-            pass
+        with contextlib.suppress(OSError):
+            try:
+                while self._waiting:
+                    self._waiting = self._waiting[os.write(self._stream.fileno(), self._waiting) :]
+            except BrokenPipeError:
+                self._waiting = b""
+                raise SystemExit(1) from None
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._stream, name)
