@@ -80,8 +80,7 @@ def test_a_resumed_run_goes_on_in_the_same_runs(tiny, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     run = train.main(**tiny | dict(wandb_project="test", tracker=["tensorboard"], max_steps=1))
     train.main(resume=str(run), max_steps=2)
-    ids = {path.name.split("-")[-1] for path in run.glob("wandb/offline-run-*")}
-    assert len(ids) == 1
+    assert len({path.name for path in run.glob("wandb/offline-run-*/run-*.wandb")}) == 1  # each file has its run's id in its name
     steps = [line["_step"] for path in sorted(run.glob("wandb/offline-run-*/*.wandb")) for line in wandb_history(path)]
     assert sorted(steps) == [0, 1]
 
