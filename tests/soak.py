@@ -42,7 +42,11 @@ class Faults:
         chance = random.Random(seed)
         counts = dict.fromkeys(("nan", "reward_model", "verifier", "worker", "disk"), steps // 15)
         counts |= dict(update_memory=2, sampling_memory=2, sigterm=6, damage=3)
-        self.plan = {name: set(chance.sample(range(5, steps - 3), count)) for name, count in counts.items()}
+        # Each once early on: what handles it is then loaded, and memory is looked at after step 50.
+        self.plan = {
+            name: set(chance.sample(range(5, 45), 1) + chance.sample(range(50, steps - 3), count - 1))
+            for name, count in counts.items()
+        }
         self.seen: Counter[str] = Counter()
         self.step = 0
         self.armed: set[str] = set()
