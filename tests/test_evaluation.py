@@ -186,7 +186,7 @@ def test_eval_only_from_the_command_line_writes_what_it_prints(policy_folder, ot
     assert done.stdout.splitlines()[-1] == f"done: see {folder}"
 
     # The figures are those of the completions on record.
-    rows = [json.loads(line) for line in (folder / "evaluation.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / "evaluation.jsonl").read_text().split("\n") if line]
     result = json.loads((folder / "evaluation.json").read_text())
     assert len(rows) == 2 * 6 * (1 + 4) and result["questions"] == 6
     assert result["hyperparameters"]["eval_samples"] == 4 and "git_commit" in result and "versions" in result

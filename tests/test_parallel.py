@@ -28,7 +28,7 @@ from tests.test_train import metrics_of, rollouts_of, without_times
 def one_of(rank: int, of: int, port: int, gradients: str, more=None) -> None:
     """Make this process one of several, as torchrun would, and keep the gradients of its first optimizer step."""
     os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(of), LOCAL_WORLD_SIZE=str(of))
-    os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
 
     def keep(optimizer, *_):
         path = Path(gradients) / f"{of}-{rank}.safetensors"

@@ -77,7 +77,7 @@ def test_the_report_of_a_whole_run_has_every_section_and_its_browser_works(train
     for figure in page.locator("section:not(:has(details > summary > h2)) figure").all():
         assert figure.locator("figcaption").inner_text().strip() and figure.locator("svg").bounding_box()["height"] > 100
 
-    rows = [json.loads(line) for line in (trained / "rollouts.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (trained / "rollouts.jsonl").open(encoding="utf-8")]
     assert listed(page) == len(rows) == 160
     page.select_option("#step", "7")
     assert listed(page) == 8
@@ -97,7 +97,7 @@ def test_the_report_of_a_whole_run_has_every_section_and_its_browser_works(train
 def test_filters_orders_and_search_list_what_they_say(tmp_path, open_page):
     run = write_run(tmp_path / "run", steps=12, questions=3, group_size=4)
     renew_report(run)
-    rows = [json.loads(line) for line in (run / "rollouts.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (run / "rollouts.jsonl").open(encoding="utf-8")]
     page = open_page(run / "report.html")
     assert listed(page) == 144
     page.select_option("#verdict", "0")
@@ -134,7 +134,7 @@ def test_filters_orders_and_search_list_what_they_say(tmp_path, open_page):
 def test_why_this_reward_adds_up(tmp_path, open_page):
     run = write_run(tmp_path / "run", steps=2)
     renew_report(run)
-    row = json.loads((run / "rollouts.jsonl").read_text().splitlines()[1])
+    row = json.loads((run / "rollouts.jsonl").read_text().split("\n")[1])
     page = open_page(run / "report.html")
     page.locator("#list .row").nth(1).click()
     words = " ".join(page.locator("#detail .steps").inner_text().split())
@@ -174,7 +174,7 @@ def test_the_keyboard_reaches_everything(tmp_path, open_page):
 
 def test_a_hostile_completion_is_text(tmp_path, open_page):
     run = write_run(tmp_path / "run", steps=1, questions=1, group_size=2)
-    rows = [json.loads(line) for line in (run / "rollouts.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (run / "rollouts.jsonl").open(encoding="utf-8")]
     rows[0] |= dict(completion=HOSTILE, question=HOSTILE, answer=HOSTILE, parsed_answer=HOSTILE)
     (run / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     renew_report(run)

@@ -87,7 +87,7 @@ def test_a_run_killed_in_mid_step_and_resumed_is_the_run_that_was_never_stopped(
     kill_at("update", 4, **settings | kind | dict(run_name="killed"))
     if kind == dict(dtype="float32"):
         kill_at("score", 2, resume=str(killed))
-        kill_at("evaluate", 2, resume=str(killed))
+        kill_at("answer", 2, resume=str(killed))
     for seeds in (random.seed, numpy.random.seed, torch.manual_seed):  # another process has other ones
         seeds(5)
     assert train.main(resume=str(killed)) == killed
