@@ -50,7 +50,7 @@ from src.grpo import compute_advantages, kl_estimate, policy_loss, token_weights
 from src.hybrid_reward import RunningMean, hybrid_rewards
 from src.logprobs import completion_log_probs, micro_batches
 from src.math_verifier import MathVerifier, ground_truth_of
-from src.memory import Plan, check_fits, free_memory, keep_freed_memory, measure
+from src.memory import Plan, bound_product_cache, check_fits, free_memory, keep_freed_memory, measure
 from src.patient_stream import PatientStream
 from src.report import renew_report
 from src.resume import changes, file_hash, named_flags, read_config, resumable
@@ -245,6 +245,7 @@ def main(
         )
     if run_device.type == "cpu":
         keep_freed_memory()
+        bound_product_cache()
     order_generator = torch.Generator().manual_seed(seed)
     sample_generator = torch.Generator(run_device).manual_seed(seed)
 

@@ -82,10 +82,11 @@ def ours(data: str, model: str, tokens: int):
     from src import models
     from src.grpo import compute_advantages
     from src.math_verifier import MathVerifier
-    from src.memory import keep_freed_memory
+    from src.memory import bound_product_cache, keep_freed_memory
     from src.sampler import sample
 
     keep_freed_memory()
+    bound_product_cache()
     device = torch.device("cpu")
     tokenizer, policy = models.load_tokenizer(model), models.load_policy(model, device)
     master = models.MasterWeights(policy, torch.bfloat16)
