@@ -218,8 +218,8 @@ def free_memory(device: torch.device) -> float:
 def bound_product_cache() -> None:
     """Let oneDNN remember 256 compiled products in place of 1,024; call it before the first.
 
-    Each takes 0.6 MB, and training meets ever new shapes: a run on a CPU would grow by half a GB in its first hundred steps. A pass
-    has fewer than a hundred shapes. ONEDNN_PRIMITIVE_CACHE_CAPACITY, where it is set, decides.
+    Each takes 0.6 MB, and training meets ever new shapes: a run on a CPU would grow by half a GB in its first hundred steps. A
+    pass has fewer than a hundred shapes. ONEDNN_PRIMITIVE_CACHE_CAPACITY, where it is set, decides.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 

@@ -82,7 +82,7 @@ void product(const T* x, const T* weight, const float* bias, float* wide_to, T* 
         alignas(64) float result[32 * 32];
         for (int64_t first = 0; first < n; first += TOGETHER) {
             const int64_t stop = std::min(first + TOGETHER, n);
-            const int64_t lines = std::max<int64_t>(1, 32 * 32 / (stop - first));  // of the 32 that a step in depth takes
+            const int64_t lines = std::max<int64_t>(1, 32 / ((stop - first + 31) / 32));  // of the 32 that a step in depth takes
 #pragma omp for schedule(static) nowait
             for (int64_t c = 0; c < columns; c += 32)
                 for (int64_t i = first; i < stop; i += 32) {
