@@ -69,6 +69,7 @@ def test_quiet_prints_warnings_and_the_result_alone(tiny, capsys):
     assert [line.split()[0] for line in lines] == ["warning:", "done:"]
 
 
+@pytest.mark.slow
 def test_a_letter_that_standard_output_cannot_show_stops_nothing(tiny, tmp_path):
     data = tmp_path / "data.jsonl"
     data.write_text('{"question": "Was ergibt 5 + 3, Jürgen? ∑", "answer": "8"}\n' * 2, encoding="utf-8")
@@ -100,7 +101,7 @@ def in_terminal(columns: int, *arguments: str) -> str:
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
-@pytest.mark.parametrize("columns", [120, 40])
+@pytest.mark.parametrize("columns", [120, pytest.param(40, marks=pytest.mark.slow)])
 def test_on_a_terminal_a_bar_shows_phase_speed_and_time_left_and_is_gone_at_the_end(tiny, columns):
     written = in_terminal(columns, "train.py", *as_flags(tiny | dict(max_steps=8, max_new_tokens=60, eval_data=tiny["data"])))
     lines = re.split(r"[\r\n]+", ESCAPES.sub("", written))

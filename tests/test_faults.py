@@ -127,6 +127,7 @@ def full_at_the_third_update():
     train.update = update
 
 
+@pytest.mark.slow
 def test_a_log_file_on_a_full_disk_stops_no_run_and_loses_no_line(tiny, small_disk):
     status, text = processes.run(as_flags(tiny | dict(max_steps=6)), small_disk / "lines", full_at_the_third_update)
     assert status == 0, text

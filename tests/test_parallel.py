@@ -101,6 +101,7 @@ def test_two_processes_have_the_questions_rewards_and_gradient_of_one(settings, 
         torch.testing.assert_close(weights[1][name], weights[0][name], rtol=0, atol=4e-4)  # AdamW: a sign is worth lr
 
 
+@pytest.mark.slow
 def test_two_processes_resume_exactly_and_where_there_is_no_advantage_both_pass_over(settings, tmp_path):
     settings = settings | dict(kl_weight=0.0, reward_mode="verifier", max_steps=4, checkpoint_interval=2)
     run_two(as_flags(settings | dict(run_name="straight")), tmp_path)

@@ -247,11 +247,13 @@ def test_a_run_draws_its_report_at_each_checkpoint_and_at_its_end(tiny, monkeypa
     assert "Held-out accuracy" in (run / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_train_does_not_import_matplotlib_before_it_is_needed():
     done = run_command("-c", "import sys, train; assert 'matplotlib' not in sys.modules")
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_the_command_line_draws_one_run_and_several(tmp_path):
     for name in "ab":
         write_run(tmp_path / name)

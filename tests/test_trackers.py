@@ -91,6 +91,7 @@ def test_a_resumed_run_goes_on_in_the_same_runs(tiny, monkeypatch):
     assert [event.step for event in events.Scalars("reward/mean")] == [0, 1]
 
 
+@pytest.mark.slow
 def test_nothing_is_imported_that_is_not_used(tiny):
     script = (
         "import sys, train\n"

@@ -554,6 +554,7 @@ def test_what_verl_cannot_do_is_refused(hyperparameters, arguments, message, com
         command_of(hyperparameters, **arguments)
 
 
+@pytest.mark.slow
 def test_the_command_line_says_what_is_wrong_in_one_line(tmp_path):
     done = run_command("-m", "src.verl_plugin", "command", str(tmp_path / "none.json"), "--train-files", "x.parquet")
     assert done.returncode == 1 and "Traceback" not in done.stderr
