@@ -28,7 +28,8 @@ ABSENT = (
 )
 LANES = 16  # columns of a block of keys, as in attention.cpp
 OPTIONS = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c++17", "-fno-math-errno", "-fno-trapping-math"]
-WIDE = ["-mprefer-vector-width=512"]  # x86 compilers hold back otherwise
+# x86 compilers hold back otherwise; and no sum may begin where an address says, or two runs would differ in their last bits.
+WIDE = ["-mprefer-vector-width=512", "--param=vect-max-peeling-for-alignment=0"]
 
 
 @functools.lru_cache

@@ -100,10 +100,10 @@ def inject(faults: Faults, memory: list[tuple[int, int]]) -> None:
             raise RecursionError("maximum recursion depth exceeded")
         return final_answer(*args)
 
-    def new_verify_batch(self, prompts, responses, truths):
+    def new_verify_batch(self, *args, **kwargs):
         if faults.take("worker"):
             self._worker._process.kill()
-        return verify_batch(self, prompts, responses, truths)
+        return verify_batch(self, *args, **kwargs)
 
     def new_log_probs(*args):
         result = log_probs(*args)

@@ -72,12 +72,16 @@ void causal_softmax(const Block& b, T* scores, float by) {
     const int64_t rows = b.count * b.heads * b.longest;
 #pragma omp parallel
     {
-        std::vector<float> weights(b.keys);
+        struct alignas(64) Vector {
+            float lanes[16];
+        };
+        // Aligned: a loop that begins elsewhere in a vector sums in another order, and two runs would differ in their last bits.
+        std::vector<Vector> aligned(b.keys / 16 + 1);
 #pragma omp for
         for (int64_t i = 0; i < rows; ++i) {
             T* row = scores + i * b.keys;
             const int64_t seen = b.before + i % b.longest + 1;
-            float most = -std::numeric_limits<float>::infinity(), sum = 0, *w = weights.data();
+            float most = -std::numeric_limits<float>::infinity(), sum = 0, *w = aligned.data()->lanes;
 #pragma omp simd reduction(max : most)
             for (int64_t k = 0; k < seen; ++k) {
                 w[k] = wide(row[k]) * by;
