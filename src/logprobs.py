@@ -110,11 +110,14 @@ def completion_log_probs(
     mask = action_mask[batch.rows, : batch.width]  # (b, width)
     if llama.fits(model):
         ids, layout, predictors = _flatten(sequence_ids, action_mask, batch.packed)
-        hidden = llama.packed_hidden(model, ids, layout)[predictors]
+        hidden = llama.packed_hidden(model, ids, layout)
     else:
         inputs, predictors = _pack(sequence_ids, action_mask, batch.packed, model.dtype)
         hidden = model.base_model(**inputs, use_cache=False).last_hidden_state  # (R, S, D)
-        hidden = hidden.flatten(0, 1)[predictors]  # (N, D), N sampled tokens, row after row
+        hidden = hidden.flatten(0, 1)
+    # A prompt's last token predicts the first of every completion. The gradient of hidden[predictors] adds those with atomics, in
+    # float32 in an order that differs from run to run; that of index_select adds them in theirs.
+    hidden = hidden.index_select(0, predictors)  # (N, D), N sampled tokens, row after row
     targets = sequence_ids[batch.rows, 1 : batch.width + 1][mask]  # (N,)
     head = model.get_output_embeddings()
     log_probs = torch.zeros(mask.shape, dtype=torch.float32, device=hidden.device)
