@@ -32,7 +32,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 import transformers
@@ -61,9 +61,6 @@ from src.sampler import Samples, decode, sample
 from src.signals import Stopped, StopSignals
 from src.speed import speed_metrics
 from src.trackers import check_trackers, chosen_trackers, log_completions, start_trackers
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 # Shapes: Q questions a step, G completions a question, B = Q x G completions, T tokens of the longest sequence.
 
@@ -430,13 +427,19 @@ def main(
             step_lr = lr if lr_schedule == "constant" else lr * (1 - step / total_steps)
             for group in optimizer.param_groups:
                 group["lr"] = step_lr
+            ref_log_probs = None
+            if reference is not None:
+                with adapter.disable_adapter() if adapter else nullcontext():
+                    compute = functools.partial(reference_log_probs, reference, samples, group_size, temperature)
+                    ref_log_probs, micro_batch_size = fit_memory(compute, micro_batch_size)  # (B, T-1)
+            reference_s = time.perf_counter() - phase_started
             metrics |= update(
-                policy, reference, adapter, master, optimizer, samples, advantages.to(run_device), group_size, order_generator,
+                policy, master, optimizer, samples, advantages.to(run_device), ref_log_probs, group_size, order_generator,
                 train_batch_size=train_batch_size, micro_batch_size=micro_batch_size, epochs_per_step=epochs_per_step,
                 temperature=temperature, kl_weight=kl_weight, clip_eps=clip_eps, max_norm=max_norm,
                 loss_normalizer=loss_normalizer, max_completion_length=max_new_tokens or max_length,
             )  # fmt: skip
-            update_s = time.perf_counter() - phase_started
+            update_s = time.perf_counter() - phase_started  # the reference's part in it
             micro_batch_size = int(metrics["policy/micro_batch_size"])  # lower where memory ran out
             worked = metrics["policy/updates"] or not metrics["policy/skipped_updates"]
             progress.skipped_in_a_row = 0 if worked else progress.skipped_in_a_row + int(metrics["policy/skipped_updates"])
@@ -447,7 +450,8 @@ def main(
             metrics |= {"reward/rm_min": progress.min_rm, "reward/rm_max": progress.max_rm}
             metrics |= {"reward/rm_failed": float(progress.rm_failed), "reward/rm_truncated": float(progress.rm_truncated)}
             metrics |= verifier_metrics | {"reward/sigma_bar": progress.sigma_bar.mean, "optim/lr": step_lr}
-            metrics |= {"time/rollout_s": rollout_s, "time/score_s": score_s, "time/update_s": update_s}
+            metrics |= {"time/rollout_s": rollout_s, "time/score_s": score_s}
+            metrics |= {"time/update_s": update_s, "time/reference_s": reference_s}
             metrics["time/step_s"] = time.perf_counter() - step_started
             metrics |= speed_metrics(policy, samples, group_size, epochs_per_step, reference is not None, metrics)
             run.metrics(step, metrics)
@@ -877,26 +881,11 @@ def neutral_where_unjudged(rewards: torch.Tensor, judged: torch.Tensor, group_si
 
 
 def update(
-    policy: PreTrainedModel,
-    reference: PreTrainedModel | None,
-    adapter: "PeftModel | None",
-    master: models.MasterWeights,
-    optimizer: torch.optim.Optimizer,
-    samples: Samples,
-    advantages: torch.Tensor,
-    group_size: int,
-    generator: torch.Generator,
-    *,
-    train_batch_size: int,
-    micro_batch_size: int,
-    epochs_per_step: int,
-    temperature: float,
-    kl_weight: float,
-    clip_eps: float,
-    max_norm: float,
-    loss_normalizer: str,
-    max_completion_length: int,
-) -> dict[str, float]:
+    policy: PreTrainedModel, master: models.MasterWeights, optimizer: torch.optim.Optimizer, samples: Samples,
+    advantages: torch.Tensor, ref_log_probs: torch.Tensor | None, group_size: int, generator: torch.Generator, *,
+    train_batch_size: int, micro_batch_size: int, epochs_per_step: int, temperature: float, kl_weight: float, clip_eps: float,
+    max_norm: float, loss_normalizer: str, max_completion_length: int,
+) -> dict[str, float]:  # fmt: skip
     """Take the optimizer steps of one GRPO step.
 
     Questions are shuffled, their completions stay side by side, and each `train_batch_size` of them make one optimizer
@@ -905,33 +894,30 @@ def update(
     Where memory runs out, the optimizer step is computed again with half of `micro_batch_size`. Where its loss or gradient is
     not finite it is left out, and the weights stay as they are. Several processes compute a part of each optimizer step each.
 
+    Args:
+        advantages: (B,) float32, the completions of a question side by side.
+        ref_log_probs: (B, T-1) float32 of the reference, or None without a KL term.
+        generator: Shuffles the questions.
+
     Returns:
-        The policy/... metrics, means over all tokens of the step, and time/reference_s, a part of the update's.
+        The policy/... metrics, means over all tokens of the step.
     """
-    ref_log_probs, started = None, time.perf_counter()
-    if reference is not None:
-        with adapter.disable_adapter() if adapter else nullcontext():
-            ref_log_probs, micro_batch_size = fit_memory(
-                lambda size: reference_log_probs(reference, samples, group_size, size, temperature), micro_batch_size
-            )
-    reference_s = time.perf_counter() - started
     totals = dict.fromkeys(("loss", "kl", "clipped", "gap", "gap_tokens"), 0.0)
     tokens, grad_norms, moved, failed = 0, [], 0.0, set()
     for _ in range(epochs_per_step):
         questions = torch.randperm(len(advantages) // group_size, generator=generator)
         order = (questions[:, None] * group_size + torch.arange(group_size)).flatten()  # (B,)
         for batch in order.split(train_batch_size):
-            weights = torch.zeros_like(samples.log_probs)  # (B, T-1)
+            weights = torch.zeros_like(samples.log_probs)  # (B, T-1), of each token in the loss of this optimizer step
             weights[batch] = token_weights(samples.action_mask[batch], loss_normalizer, max_completion_length)
             tokens += int(samples.action_mask[batch].sum())
-            if kl_weight == 0:
+            if ref_log_probs is None:
                 batch = batch[(advantages[batch] != 0).cpu()]
             if len(batch) == 0:
                 continue
-            mine = batch[parallel.share(len(batch))]
             compute = functools.partial(
-                accumulate_gradients, policy, master, samples, ref_log_probs, advantages, weights, mine, group_size,
-                temperature, kl_weight, clip_eps,
+                accumulate_gradients, policy, master, samples, ref_log_probs, advantages, weights,
+                batch[parallel.share(len(batch))], group_size, temperature, kl_weight, clip_eps,
             )  # fmt: skip
             (sums, not_finite), micro_batch_size = fit_memory(compute, micro_batch_size)
             parallel.sum_gradients(master.parameters)
@@ -948,15 +934,27 @@ def update(
             else:
                 failed |= set(not_finite or batch.tolist())
             master.release_gradients()
-    finite = [g for g in grad_norms if math.isfinite(g)]
-    if failed:
-        which = ", ".join(map(str, sorted(failed)))
+    warn_of_skipped_updates(grad_norms, failed)
+    return update_metrics(parallel.sum_values(totals), tokens, grad_norms, samples) | {
+        "policy/moved_frac": moved,
+        "policy/micro_batch_size": float(micro_batch_size),
+    }
+
+
+def warn_of_skipped_updates(grad_norms: list[float], failed: set[int]) -> None:
+    """Say which completions had a loss or gradient that is not finite."""
+    skipped = sum(not math.isfinite(g) for g in grad_norms)
+    if skipped:
         print(
-            f"warning: loss or gradient of {len(grad_norms) - len(finite)} updates was not finite; they are skipped. They had "
-            f"the step's completions {which} (0 is its first in rollouts.jsonl)",
+            f"warning: loss or gradient of {skipped} updates was not finite; they are skipped. They had "
+            f"the step's completions {', '.join(map(str, sorted(failed)))} (0 is its first in rollouts.jsonl)",
             flush=True,
         )
-    totals = parallel.sum_values(totals)
+
+
+def update_metrics(totals: dict[str, float], tokens: int, grad_norms: list[float], samples: Samples) -> dict[str, float]:
+    """Means over the optimizer steps that were taken, and over the tokens of all."""
+    finite = [g for g in grad_norms if math.isfinite(g)]
     return {
         "policy/loss": totals["loss"] / max(len(finite), 1),
         "policy/kl": totals["kl"] / max(tokens, 1),
@@ -964,11 +962,8 @@ def update(
         "policy/grad_norm": sum(finite) / max(len(finite), 1),
         "policy/updates": float(len(finite)),
         "policy/skipped_updates": float(len(grad_norms) - len(finite)),
-        "policy/micro_batch_size": float(micro_batch_size),
-        "policy/moved_frac": moved,
         "policy/sampler_gap": totals["gap"] / max(totals["gap_tokens"], 1.0),
         # At top_p 1, -log p of a sampled token is an unbiased estimate of the entropy of its distribution.
-        "time/reference_s": reference_s,
         "policy/entropy": -samples.log_probs.sum().item() / samples.action_mask.sum().item(),
     }
 
@@ -1022,7 +1017,7 @@ def accumulate_gradients(
 
 @torch.no_grad()
 def reference_log_probs(
-    reference: PreTrainedModel, samples: Samples, group_size: int, micro_batch_size: int, temperature: float
+    reference: PreTrainedModel, samples: Samples, group_size: int, temperature: float, micro_batch_size: int
 ) -> torch.Tensor:
     """Log-probs (B, T-1) of the samples under the frozen reference, in larger passes: nothing is kept for a gradient."""
     log_probs = torch.zeros_like(samples.log_probs)

@@ -99,7 +99,6 @@ def ours(data: str, model: str, tokens: int):
     generator = torch.Generator().manual_seed(0)
     stop_ids = [] if tokens else models.stop_token_ids(policy, tokenizer)  # without stop ids every completion fills its limit
     phase = Phases()
-    phase.around(train, "reference_log_probs", "reference")
     yield {}
     while True:
         phase.seconds = {}
@@ -112,13 +111,14 @@ def ours(data: str, model: str, tokens: int):
             rewards = verdicts(verifier, questions, train.decode(tokenizer, samples), answers)
         rewards = torch.tensor(rewards) + torch.linspace(0, 0.1, Q * G)  # no group without an advantage: all is computed
         advantages = compute_advantages(rewards, G, "batch")
+        with phase("reference"):
+            ref_log_probs = train.reference_log_probs(reference, samples, G, TEMPERATURE, 32)
         with phase("update"):
             metrics = train.update(
-                policy, reference, None, master, optimizer, samples, advantages, G, order, train_batch_size=Q * G,
+                policy, master, optimizer, samples, advantages, ref_log_probs, G, order, train_batch_size=Q * G,
                 micro_batch_size=32, epochs_per_step=1, temperature=TEMPERATURE, kl_weight=KL, clip_eps=0.2, max_norm=1.0,
                 loss_normalizer="token", max_completion_length=LIMIT,
             )  # fmt: skip
-        phase.seconds["update"] -= phase.seconds["reference"]
         made = sum(map(len, samples.completion_ids))
         yield {"phases": phase.seconds, "tokens": made, "sampler_gap": metrics["policy/sampler_gap"]}
 

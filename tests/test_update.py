@@ -64,7 +64,11 @@ def step(policy, reference, samples, advantages, optimizer=None, master=None, **
     master = master or MasterWeights(policy, torch.float32)
     optimizer = optimizer or torch.optim.AdamW(master.parameters, lr=5e-6, weight_decay=0.0, fused=True)
     generator = torch.Generator().manual_seed(0)
-    return train.update(policy, reference, None, master, optimizer, samples, advantages, 4, generator, **SETTINGS | changes)
+    settings = SETTINGS | changes
+    reference_of = None
+    if reference is not None:
+        reference_of = train.reference_log_probs(reference, samples, 4, settings["temperature"], settings["micro_batch_size"])
+    return train.update(policy, master, optimizer, samples, advantages, reference_of, 4, generator, **settings)
 
 
 def gradient_of_a_step(policy, reference, samples, advantages, **changes):
@@ -114,7 +118,7 @@ def test_the_gradient_of_a_whole_step_equals_trls(policy_folder, tmp_path, kl_we
     rows = lambda values: right([v[m].tolist() for v, m in zip(values, samples.action_mask, strict=True)], 0.0)  # noqa: E731
     inputs["old_per_token_logps"] = rows(samples.log_probs)
     if kl_weight:
-        inputs["ref_per_token_logps"] = rows(train.reference_log_probs(reference, samples, 4, 8, 0.8))
+        inputs["ref_per_token_logps"] = rows(train.reference_log_probs(reference, samples, 4, 0.8, 8))
     model.zero_grad()
     trainer._compute_loss(model, inputs).backward()
 
@@ -172,7 +176,7 @@ def test_the_stop_tokens_log_prob_rises_when_stopping_is_rewarded():
     advantages = torch.where(samples.finished, 1.0, -1.0)
 
     def stop_log_probs():
-        lp = train.reference_log_probs(policy, samples, 4, 8, 0.8)
+        lp = train.reference_log_probs(policy, samples, 4, 0.8, 8)
         return lp[samples.action_mask & (samples.sequence_ids[:, 1:] == EOS)]
 
     before = stop_log_probs()
