@@ -225,3 +225,22 @@ def test_the_written_out_gradient_of_the_head_equals_autograds(monkeypatch, bias
     torch.testing.assert_close(ours, plain)
     for a, b in zip(torch.autograd.grad(ours, inputs, upstream), torch.autograd.grad(plain, inputs, upstream), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("path", ["by hand", "general"])
+def test_gradients_have_the_same_bits_every_time_with_several_threads(monkeypatch, path):
+    if path == "general":
+        monkeypatch.setattr(llama, "fits", lambda model: False)
+    policy = make_policy(hidden_size=128)
+    ids, mask, actions = batch(lengths=[20] * 48, group_size=48)
+    gradients = set()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for _ in range(12):
+            policy.zero_grad()
+            all_log_probs(policy, ids, mask, actions, 1.0, 48, 48).sum().backward()
+            gradients.add(b"".join(p.grad.numpy().tobytes() for p in policy.parameters()))
+    finally:
+        torch.set_num_threads(threads)
+    assert len(gradients) == 1
