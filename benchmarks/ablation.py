@@ -1,10 +1,10 @@
 """What each part of the reward does: python benchmarks/ablation.py [--help]
 
-Trains the embedded model on sums (easy) or on two-digit sums, products and three terms (hard), once per method, advantage scale
-and seed, all else equal, and reports held-out accuracy, the share of right answers at the end of training, and the share of
-groups that carry a gradient. Runs go to output/ablation/. The figures of each that has ended are kept in benchmarks/ablation.json,
-and what is in there is not run again; a run that was stopped midway goes on from its last checkpoint. So the script can be stopped
-at any time and be left alone. It takes the GPU where there is one.
+Trains the embedded model on sums (easy) or on two-digit sums, products and three terms (hard), once per method, advantage
+scale and seed, all else equal, and reports held-out accuracy, the share of right answers at the end of training, and the share
+of groups that carry a gradient. Runs go to output/ablation/. The figures of each that has ended are kept in
+benchmarks/ablation.json, and what is in there is not run again; a run that was stopped midway goes on from its last checkpoint.
+So the script can be stopped at any time and be left alone. It takes the GPU where there is one.
 """
 
 import json
