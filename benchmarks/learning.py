@@ -35,7 +35,7 @@ sys.path.insert(0, str(ROOT))
 from src.run_log import environment  # noqa: E402
 
 TRAIN, TEST = "data/arithmetic_train.jsonl", "data/arithmetic_test.jsonl"
-Q, G, TRAIN_BATCH, LIMIT, LR, EVERY = 8, 8, 32, 48, 2e-5, 5
+Q, G, TRAIN_BATCH, LIMIT, LR, EVERY = 8, 8, 32, 48, 2e-5, 2
 COLORS = {"ours": "#2a78d6", "trl": "#d9822b"}
 LABELS = {"ours": "this project", "trl": "TRL"}
 
@@ -191,7 +191,7 @@ def draw(curves: dict[str, list[list[dict]]], target: Path) -> None:
 def main(
     programs: tuple[Literal["ours", "trl"], ...] = ("ours", "trl"),
     seeds: tuple[int, ...] = (42, 43, 44),
-    steps: int = 40,
+    steps: int = 30,
     output: Path = ROOT / "output" / "learning",
     result: Path = ROOT / "benchmarks" / "learning.json",
     picture: Path = ROOT / "benchmarks" / "learning.svg",
