@@ -8,7 +8,21 @@
     python train.py --help                           every hyperparameter; they are the parameters of main()
 
 One step: sample G completions for each of Q questions, judge and score each, centre the rewards on their group's mean,
-and take clipped policy-gradient steps on all sampled tokens. Where this departs from the GRPO paper (arXiv:2402.03300):
+and take clipped policy-gradient steps on all sampled tokens. In formulas, with the names of the code:
+
+    n          = (score - min_rm) / (max_rm - min_rm + eps)             score: the reward model's, held within the bounds
+    r_hat      = 1 - beta + 2 beta n   for a right answer               hybrid_rewards
+               = -alpha + 2 alpha n    for any other
+    w          = w_min + (w_max - w_min) sigmoid(k (sigma_u - sigma_bar))      --reward-scorer sigmoid
+               = w_min + (w_max - w_min) tanh(r_hat^3)                         --reward-scorer tanh
+                 sigma_u: std of the scores of the question's group; sigma_bar: mean of all sigma_u so far
+    advantage  = (w r_hat - mean of its group) / std of the batch       compute_advantages
+    ratio      = exp(log_prob - log_prob when it was sampled)
+    kl         = exp(ref - log_prob) - (ref - log_prob) - 1             kl_estimate
+    loss       = mean over the tokens of an optimizer step of           policy_loss, token_weights
+                 -min(ratio advantage, clip(ratio, 1 - clip_eps, 1 + clip_eps) advantage) + kl_weight kl
+
+Where this departs from the GRPO paper (arXiv:2402.03300):
 
 1. The reward is HERO's (arXiv:2510.07242): the verdict opens a band, the reward model's score is the place in it, and the
    whole is weighted by the question's difficulty.
@@ -149,15 +163,16 @@ def main(
         lr: Learning rate of AdamW.
         lr_schedule: constant, or linear: from lr in the first step down to 0 after the last.
         weight_decay: Decoupled weight decay of AdamW.
-        train_batch_size: Completions per optimizer step; divides rollouts_per_step x group_size.
+        train_batch_size: Completions per optimizer step; divides rollouts_per_step x group_size. As many as group_size make
+            an optimizer step of one question, which is the default.
         micro_batch_size: Completions per forward and backward pass; changes memory and speed, not the result.
         gradient_checkpointing: Keep only what goes into each layer, compute the rest again: less memory, a slower update.
         epochs_per_step: Passes of the optimizer over the completions of a step.
         kl_weight: Weight of the KL divergence to the model as it was loaded; 0 keeps no reference model.
         clip_eps: Half-width of the interval around 1 to which the policy ratio is clipped.
         max_norm: Gradients are scaled down to this norm.
-        max_skipped_updates: Stop, with the state saved, after this many optimizer steps in a row whose loss or gradient was not
-            finite. Each of them is skipped.
+        max_skipped_updates: An optimizer step whose loss or gradient is not finite is skipped. Stop, with the state saved, when
+            so many were skipped since the last step in which one was taken.
         advantage_scale: Divide centred rewards by the std of the batch, of their group (the GRPO paper), or by nothing
             (Dr. GRPO).
         loss_normalizer: What counts the same: each token (DAPO), each completion (the GRPO paper), or each token over a
@@ -203,8 +218,8 @@ def main(
         quiet: Print warnings and the result alone.
 
     Returns:
-        The run's folder: config.json, metrics.jsonl, rollouts.jsonl, report.html, step_<k>/; with eval_only evaluation.json
-        and evaluation.jsonl.
+        The run's folder: config.json, metrics.jsonl, rollouts.jsonl, report.html, step_<k>/, with LoRA merged/; with eval_only
+        evaluation.json and evaluation.jsonl.
 
     Raises:
         InputError: A value that cannot work, before any training.
@@ -226,6 +241,7 @@ def main(
     verifier = MathVerifier(verifier_method)
     check_answers(verifier, problems + eval_problems)
 
+    # Finds device and processes, and talks to trackers. It wraps no model: `update` adds up the gradients of all processes.
     accelerator = Accelerator(cpu=device == "cpu", log_with=chosen_trackers(tracker, wandb_project) or None, project_dir=output)
     check_processes(accelerator.num_processes, rollouts_per_step)
     if not accelerator.is_main_process:
@@ -275,8 +291,8 @@ def main(
     console.say(f"Loading TinyLlama model...{in_its_place}")
     policy = models.load_policy(model_name, run_device)
     model_fingerprint = models.fingerprint(policy)
-    compute = f"computes in {str(compute_dtype).removeprefix('torch.')} on {run_device.type}"
-    console.say(f"policy: {policy.num_parameters() / 1e6:.1f} million weights, trained in float32, {compute}")
+    computes = f"computes in {str(compute_dtype).removeprefix('torch.')} on {run_device.type}"
+    console.say(f"policy: {policy.num_parameters() / 1e6:.1f} million weights, trained in float32, {computes}")
     if run_device.type == "cpu" and kernels.libraries() is None:
         console.say(kernels.ABSENT)
     adapter = models.add_lora(policy, lora_rank) if lora_rank else None  # lives in the policy's layers
@@ -320,8 +336,9 @@ def main(
     checkpoints = Checkpoints(run, adapter or policy, tokenizer, master, optimizer, generators, keep_checkpoints)
     warmed_up = False
     if checkpoint:
-        had, progress = progress.reward_model, checkpoints.load(checkpoint)
-        warmed_up, progress.reward_model = progress.reward_model == had, had
+        with_now, progress = progress.reward_model, checkpoints.load(checkpoint)
+        warmed_up = progress.reward_model == with_now  # the bounds are for one reward model
+        progress.reward_model = with_now
     if resume:
         set_aside_later(run, progress.step)
         run.go_on(progress.step, progress.written, changed, config)
@@ -343,7 +360,7 @@ def main(
         picked = [i % len(problems) for i in range(warmup_samples)]
         warmup = sample(policy, [prompt_ids[i] for i in picked], 1, generator=warmup_generator, **explore, **sampling)
         warmup_questions, warmup_texts = [problems[i].question for i in picked], decode(tokenizer, warmup)
-        verifier.verify_batch(warmup_questions, warmup_texts, [problems[i].answer for i in picked])
+        verifier.verify_batch(warmup_questions, warmup_texts, [problems[i].answer for i in picked])  # for its counts alone
         warn_of_unread_answers(verifier.metrics(), warmup_texts, verifier_method)
         scores = reward_model.score_texts(warmup_questions, warmup_texts)
         scores = scores[scores.isfinite()]  # a score that failed is no bound
@@ -351,6 +368,8 @@ def main(
             print("warning: the reward model failed on every completion of the warmup; both bounds are 0", flush=True)
         bounds = (scores.min().item(), scores.max().item()) if len(scores) else (0.0, 0.0)
         progress.min_rm, progress.max_rm = parallel.from_first(bounds)
+        if not accelerator.is_main_process:  # every process has scored the same ones, and they count once
+            reward_model.failed = reward_model.truncated = 0
         count_failures(reward_model, progress)
     # With no reward model every score and both bounds are 0, so r_hat is -alpha or 1 - beta.
     console.say(f"RM bounds: min={progress.min_rm:.4f}, max={progress.max_rm:.4f}")
@@ -381,14 +400,14 @@ def main(
                 progress.accuracies.append(metrics["eval/accuracy"])
                 console.say(f"held-out accuracy after {step} steps: {describe(metrics)} of {len(eval_problems)}, greedy")
             if step == total_steps:
-                stop.finish_step()
+                stop.hold()
                 if metrics:
                     run.metrics(step, metrics)
                     accelerator.log(metrics, step=step)
                 break
 
             step_started = time.perf_counter()
-            # Which questions: a reshuffled pass over the problems; what does not fill a step waits for another epoch.
+            # Which questions: passes over the problems in random order, each without what does not fill a step.
             if len(progress.order) < rollouts_per_step:
                 progress.order = torch.randperm(len(problems), generator=order_generator).tolist()
             chosen, progress.order = progress.order[:rollouts_per_step], progress.order[rollouts_per_step:]
@@ -420,8 +439,9 @@ def main(
                 warn_of_unread_answers(verifier_metrics, completions, verifier_method)
             console.say_rollouts(questions, answers, scores, group_size, step)
 
-            # Update: clipped policy-gradient steps over minibatches of train_batch_size completions.
-            stop.finish_step()
+            # Update: clipped policy-gradient steps over minibatches of train_batch_size completions. What has changed up to here
+            # `before` brings back, should a signal break off the step; from here on a signal waits for its end.
+            stop.hold()
             console.phase("update")
             phase_started = time.perf_counter()
             step_lr = lr if lr_schedule == "constant" else lr * (1 - step / total_steps)
@@ -441,8 +461,9 @@ def main(
             )  # fmt: skip
             update_s = time.perf_counter() - phase_started  # the reference's part in it
             micro_batch_size = int(metrics["policy/micro_batch_size"])  # lower where memory ran out
-            worked = metrics["policy/updates"] or not metrics["policy/skipped_updates"]
-            progress.skipped_in_a_row = 0 if worked else progress.skipped_in_a_row + int(metrics["policy/skipped_updates"])
+            if metrics["policy/updates"]:
+                progress.skipped_in_a_row = 0
+            progress.skipped_in_a_row += 0 if metrics["policy/updates"] else int(metrics["policy/skipped_updates"])
 
             # Report and save
             metrics |= reward_metrics(scores, advantages, group_size) | completion_metrics(samples, scores)
@@ -479,7 +500,7 @@ def main(
                     f"taken. Go on with --resume {run.folder} and a lower --lr, or with --dtype float32"
                 )
         if adapter and accelerator.is_main_process:
-            master.restore(policy)
+            master.restore(policy)  # adapter and base in float32, to be rounded once, after they are added
             console.say(f"saved {save_model(run.folder / 'merged', adapter.merge_and_unload(), tokenizer)}")
         if accelerator.is_main_process and not checkpoints.has(total_steps):
             raise TrainingError(f"the last step is not saved; make room, then go on from {run.folder} with --resume")
@@ -582,7 +603,9 @@ def check_processes(processes: int, rollouts_per_step: int) -> None:
 
 
 def check_resumed(had: Progress, has: Progress, changed: dict[str, list], total_steps: int, resume: str) -> None:
-    """Refuse to go on with other models or problems than before, unless they are named anew.
+    """Refuse to go on with other models or another number of problems than before, unless they are named anew.
+
+    What the data files hold has been compared by then, see `src/resume.py`.
 
     Args:
         had: From the checkpoint.
@@ -900,7 +923,8 @@ def update(
         generator: Shuffles the questions.
 
     Returns:
-        The policy/... metrics, means over all tokens of the step.
+        The policy/... metrics: loss and grad_norm are means over the optimizer steps that were taken, kl and clip_frac over
+        their tokens.
     """
     totals = dict.fromkeys(("loss", "kl", "clipped", "gap", "gap_tokens"), 0.0)
     tokens, grad_norms, moved, failed = 0, [], 0.0, set()
@@ -910,8 +934,7 @@ def update(
         for batch in order.split(train_batch_size):
             weights = torch.zeros_like(samples.log_probs)  # (B, T-1), of each token in the loss of this optimizer step
             weights[batch] = token_weights(samples.action_mask[batch], loss_normalizer, max_completion_length)
-            tokens += int(samples.action_mask[batch].sum())
-            if ref_log_probs is None:
+            if ref_log_probs is None:  # those without an advantage have no gradient; they stay in the mean above
                 batch = batch[(advantages[batch] != 0).cpu()]
             if len(batch) == 0:
                 continue
@@ -925,20 +948,20 @@ def update(
             not_finite = parallel.gather(not_finite)
             grad_norms.append(math.nan if not_finite else grad_norm)
             if math.isfinite(grad_norms[-1]):
-                before = master.sample_values() if len(grad_norms) == 1 else None
+                is_first = not any(map(math.isfinite, grad_norms[:-1]))
+                values = master.sample_values() if is_first else []
                 optimizer.step()
                 master.write_back()
-                moved = moved if before is None else share_moved(before, master.sample_values())
+                moved = share_moved(values, master.sample_values()) if is_first else moved
+                tokens += int(weights.count_nonzero())
                 for name in sums:  # before the first optimizer step sampler and trainer have the same weights, later no longer
-                    totals[name] += sums[name] if before is not None or not name.startswith("gap") else 0.0
+                    totals[name] += sums[name] if is_first or not name.startswith("gap") else 0.0
             else:
                 failed |= set(not_finite or batch.tolist())
             master.release_gradients()
     warn_of_skipped_updates(grad_norms, failed)
-    return update_metrics(parallel.sum_values(totals), tokens, grad_norms, samples) | {
-        "policy/moved_frac": moved,
-        "policy/micro_batch_size": float(micro_batch_size),
-    }
+    metrics = {"policy/moved_frac": moved, "policy/micro_batch_size": float(micro_batch_size)}
+    return metrics | update_metrics(parallel.sum_values(totals), tokens, grad_norms, samples)
 
 
 def warn_of_skipped_updates(grad_norms: list[float], failed: set[int]) -> None:

@@ -32,7 +32,7 @@ class StopSignals:
                     self._before[signum] = signal.signal(signum, self._handle)
 
     def begin_step(self) -> None:
-        """End the training here if a signal came; one that comes from now until `finish_step` ends it wherever it is.
+        """End the training here if a signal came; one that comes from now until `hold` ends it wherever it is.
 
         With several processes a signal waits for the next step: all of them have to end at the same place.
 
@@ -44,8 +44,8 @@ class StopSignals:
         if received:
             raise Stopped(received)
 
-    def finish_step(self) -> None:
-        """From here on, a signal waits for the end of the step."""
+    def hold(self) -> None:
+        """From here on, a signal waits for `begin_step`."""
         self._abandons = False
 
     def close(self) -> None:
