@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -36,6 +37,7 @@ from src.run_log import environment  # noqa: E402
 
 TRAIN, TEST = "data/arithmetic_train.jsonl", "data/arithmetic_test.jsonl"
 Q, G, TRAIN_BATCH, LIMIT, LR, EVERY = 8, 8, 32, 48, 2e-5, 2
+UPDATES = Q * G // TRAIN_BATCH  # optimizer steps of a step
 COLORS = {"ours": "#2a78d6", "trl": "#d9822b"}
 LABELS = {"ours": "this project", "trl": "TRL"}
 
@@ -46,7 +48,7 @@ LABELS = {"ours": "this project", "trl": "TRL"}
 
 def ours(folder: Path, seed: int, steps: int) -> None:
     """train.py, with flags alone."""
-    flags = f"""--model-name embedded --reward-model-name none --reward-mode verifier --data {TRAIN} --eval-data {TEST}
+    flags = f"""--model-name embedded --reward-mode verifier --data {TRAIN} --eval-data {TEST}
         --eval-interval {EVERY} --max-steps {steps} --rollouts-per-step {Q} --group-size {G} --train-batch-size {TRAIN_BATCH}
         --micro-batch-size {TRAIN_BATCH} --max-new-tokens {LIMIT} --temperature 1.0 --kl-weight 0 --lr {LR}
         --lr-schedule linear --checkpoint-interval {steps} --seed {seed}"""
@@ -64,51 +66,74 @@ def ours(folder: Path, seed: int, steps: int) -> None:
 
 def trl(folder: Path, seed: int, steps: int) -> None:
     """TRL's GRPOTrainer."""
-    import torch
     from datasets import Dataset
-    from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
     from src import models
-    from src.evaluation import answer, answer_metrics
     from src.math_verifier import MathVerifier
-    from train import encode_prompts, read_prompts, texts_of
+    from train import read_prompts
 
-    verifier, tokenizer = MathVerifier(), models.load_tokenizer("embedded")
-    problems, test = read_prompts(TRAIN, "--data"), read_prompts(TEST, "--eval-data")
-    test_ids = encode_prompts(tokenizer, test, None, 512)
-    policy = models.load_policy("embedded", torch.device("cpu")).requires_grad_(False)  # to evaluate with
-    models.MasterWeights(policy, torch.bfloat16)  # rounds it as training does; there is nothing to train
-    stop_ids = models.stop_token_ids(policy, tokenizer)
+    verifier = MathVerifier()
 
     def reward(prompts, completions, answer, **_):
         texts = [c[0]["content"] for c in completions]
         return [float(v["correct"]) for v in verifier.verify_batch([p[0]["content"] for p in prompts], texts, answer)]
 
+    rows = [{"prompt": [{"role": "user", "content": p.question}], "answer": p.answer} for p in read_prompts(TRAIN, "--data")]
+    config = GRPOConfig(
+        output_dir=tempfile.mkdtemp(), seed=seed, use_cpu=True, bf16=True, gradient_checkpointing=False, num_generations=G,
+        per_device_train_batch_size=G, gradient_accumulation_steps=TRAIN_BATCH // G, steps_per_generation=Q,
+        max_completion_length=LIMIT, temperature=1.0, beta=0.0, scale_rewards="batch", epsilon=0.2, max_grad_norm=1.0,
+        learning_rate=LR, lr_scheduler_type="linear", weight_decay=0.0, max_steps=steps * UPDATES, save_strategy="no",
+        report_to=[], disable_tqdm=True, logging_strategy="no",
+    )  # fmt: skip
+    trainer = GRPOTrainer(
+        models.resolve("embedded", "--model-name"), reward_funcs=reward, args=config, train_dataset=Dataset.from_list(rows),
+        processing_class=models.load_tokenizer("embedded"), callbacks=[curve(folder / "part.jsonl", evaluator(verifier))],
+    )  # fmt: skip
+    trainer.train()
+    (folder / "part.jsonl").rename(folder / "curve.jsonl")
+
+
+def evaluator(verifier) -> Callable:
+    """A function from a model in float32 to its held-out accuracy, found as train.py finds it."""
+    import torch
+
+    from src import models
+    from src.evaluation import answer, answer_metrics
+    from train import encode_prompts, read_prompts, texts_of
+
+    tokenizer, test = models.load_tokenizer("embedded"), read_prompts(TEST, "--eval-data")
+    prompt_ids = encode_prompts(tokenizer, test, None, 512)
+    policy = models.load_policy("embedded", torch.device("cpu")).requires_grad_(False)
+    models.MasterWeights(policy, torch.bfloat16)  # rounds it as training does; there is nothing to train
+    stop_ids = models.stop_token_ids(policy, tokenizer)
+
+    @torch.no_grad()
     def accuracy(model) -> float:
-        with torch.no_grad():
-            for ours, theirs in zip(policy.parameters(), model.parameters(), strict=True):
-                ours.copy_(theirs)
+        for ours, theirs in zip(policy.parameters(), model.parameters(), strict=True):
+            ours.copy_(theirs)
         answered = answer(
-            policy, tokenizer, verifier, *texts_of(test), test_ids, 1, Q * G, temperature=0.0, top_p=1.0, generator=None,
-            max_length=512, max_new_tokens=LIMIT, stop_ids=stop_ids, pad_id=tokenizer.pad_token_id,
+            policy, tokenizer, verifier, *texts_of(test), prompt_ids, 1, Q * G, temperature=0.0, top_p=1.0, generator=None,
+            max_length=512, max_new_tokens=LIMIT, stop_ids=stop_ids, pad_id=stop_ids[0],
         )  # fmt: skip
         return answer_metrics(answered, "flexible")["eval/accuracy"]
 
-    updates = Q * G // TRAIN_BATCH  # optimizer steps of a step
+    return accuracy
+
+
+def curve(target: Path, accuracy: Callable):
+    """A callback of the trainer that writes a line every EVERY steps, and stops the clock meanwhile."""
+    from transformers import TrainerCallback
 
     class Curve(TrainerCallback):
-        """Evaluates, with the clock stopped."""
-
         minutes, since = 0.0, 0.0
 
         def on_train_begin(self, args, state, control, model, **_):
             self.point(0, model)
 
         def on_step_end(self, args, state, control, model, **_):
-            step, rest = divmod(state.global_step, updates)
-            if rest == 0:
-                print(f"step {step}: {self.minutes + (time.perf_counter() - self.since) / 60:.2f} min", flush=True)
+            step, rest = divmod(state.global_step, UPDATES)
             if rest == 0 and step % EVERY == 0:
                 self.minutes += (time.perf_counter() - self.since) / 60
                 self.point(step, model)
@@ -116,24 +141,11 @@ def trl(folder: Path, seed: int, steps: int) -> None:
         def point(self, step, model):
             point = {"step": step, "minutes": self.minutes, "accuracy": accuracy(model)}
             print(point, flush=True)
-            with (folder / "part.jsonl").open("a") as file:
+            with target.open("a") as file:
                 file.write(json.dumps(point) + "\n")
             self.since = time.perf_counter()
 
-    rows = [{"prompt": [{"role": "user", "content": p.question}], "answer": p.answer} for p in problems]
-    config = GRPOConfig(
-        output_dir=tempfile.mkdtemp(), seed=seed, use_cpu=True, bf16=True, gradient_checkpointing=False, num_generations=G,
-        per_device_train_batch_size=G, gradient_accumulation_steps=TRAIN_BATCH // G, steps_per_generation=Q,
-        max_completion_length=LIMIT, temperature=1.0, beta=0.0, scale_rewards="batch", epsilon=0.2, max_grad_norm=1.0,
-        learning_rate=LR, lr_scheduler_type="linear", weight_decay=0.0, max_steps=steps * updates, save_strategy="no",
-        report_to=[], disable_tqdm=True, logging_strategy="no",
-    )  # fmt: skip
-    trainer = GRPOTrainer(
-        models.resolve("embedded", "--model-name"), reward_funcs=reward, args=config, train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer, callbacks=[Curve()],
-    )  # fmt: skip
-    trainer.train()
-    (folder / "part.jsonl").rename(folder / "curve.jsonl")
+    return Curve()
 
 
 PROGRAMS = {"ours": ours, "trl": trl}
@@ -188,6 +200,41 @@ def draw(curves: dict[str, list[list[dict]]], target: Path) -> None:
     figure.savefig(target, metadata={"Date": None})
 
 
+def train_one(folder: Path, name: str, seed: int, steps: int) -> None:
+    """Train what is not there yet."""
+    if (folder / "curve.jsonl").exists():
+        return
+    print(f"{folder.name}: training...", flush=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    about = environment() | {"trl": version("trl"), "cores": os.cpu_count()}
+    (folder / "environment.json").write_text(json.dumps(about) + "\n")
+    command = [sys.executable, __file__, "--worker", name, str(folder), str(seed), str(steps)]
+    with (folder / "log").open("w") as log:
+        subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=True)
+
+
+def show(means: dict[str, list[dict]]) -> None:
+    """Accuracy before, halfway and after, mean ± std."""
+    steps = [point["step"] for point in next(iter(means.values()))]
+    halfway = len(steps) // 2
+    table = Table("", "before", f"after {steps[halfway]} steps", f"after {steps[-1]} steps", "minutes")
+    share = lambda point: f"{100 * point['accuracy']:.1f} ± {100 * point['std']:.1f} %"  # noqa: E731
+    for name, mean in means.items():
+        table.add_row(LABELS[name], *(share(mean[i]) for i in (0, halfway, -1)), f"{mean[-1]['minutes']:.1f}")
+    Console(width=100).print(table)
+
+
+def race(ours: list[dict], trl: list[dict], label: str) -> dict:
+    """Who reaches TRL's final accuracy when."""
+    goal = trl[-1]["accuracy"]
+    reached = {name: minutes_to(points, goal) for name, points in (("ours", ours), ("trl", trl))}
+    sooner = f"{reached['trl'] / reached['ours']:.1f} times sooner" if reached["ours"] else "not reached here"
+    minutes = " and ".join(f"{LABELS[name]} {m:.1f}" for name, m in reached.items() if m)
+    print(f"{label}: minutes to TRL's final {100 * goal:.1f} %: {minutes}; {sooner}")
+    return {"of": label, "accuracy": goal, "minutes": reached}
+
+
 def main(
     programs: tuple[Literal["ours", "trl"], ...] = ("ours", "trl"),
     seeds: tuple[int, ...] = (42, 43, 44),
@@ -207,49 +254,21 @@ def main(
         picture: File for the figure.
     """
     curves: dict[str, list[list[dict]]] = {name: [] for name in programs}
+    environments = {}
     for seed in seeds:
         for name in programs:
             folder = output.resolve() / f"{name}-{steps}-{seed}"
-            if not (folder / "curve.jsonl").exists():
-                print(f"{folder.name}: training...", flush=True)
-                shutil.rmtree(folder, ignore_errors=True)
-                folder.mkdir(parents=True)
-                (folder / "environment.json").write_text(
-                    json.dumps(environment() | {"trl": version("trl"), "cores": os.cpu_count()}) + "\n"
-                )
-                with (folder / "log").open("w") as log:
-                    command = [sys.executable, __file__, "--worker", name, str(folder), str(seed), str(steps)]
-                    subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=True)
+            train_one(folder, name, seed, steps)
             curves[name].append([json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()])
+            environments[folder.name] = json.loads((folder / "environment.json").read_text())
     means = {name: mean_curve(of_seeds) for name, of_seeds in curves.items()}
-    halfway = len(next(iter(means.values()))) // 2
-    table = Table("", "before", f"after {halfway * EVERY} steps", f"after {steps} steps", "minutes")
-    share = lambda point: f"{100 * point['accuracy']:.1f} ± {100 * point['std']:.1f} %"  # noqa: E731
-    for name, mean in means.items():
-        table.add_row(LABELS[name], *(share(mean[i]) for i in (0, halfway, -1)), f"{mean[-1]['minutes']:.1f}")
-    Console(width=100).print(table)
-    summary = {}
+    show(means)
+    races = []
     if {"ours", "trl"} <= set(programs):
-        pairs = []
-        for seed, our, their in zip(seeds, curves["ours"], curves["trl"], strict=True):
-            goal, needed = their[-1]["accuracy"], minutes_to(our, their[-1]["accuracy"])
-            reached = minutes_to(their, goal)
-            pairs.append({"seed": seed, "accuracy": goal, "ours_minutes": needed, "trl_minutes": reached})
-            ours_says = f"{needed:.1f} minutes, {reached / needed:.1f} times sooner" if needed else "never"
-            print(
-                f"seed {seed}: TRL's final {100 * goal:.1f} %: first reached there in {reached:.1f} minutes, here in {ours_says}"
-            )
-        goal = means["trl"][-1]["accuracy"]
-        needed, reached = minutes_to(means["ours"], goal), minutes_to(means["trl"], goal)
-        if needed:
-            print(
-                f"mean curves: TRL's final {100 * goal:.1f} % there in {reached:.1f} minutes, here in {needed:.1f}, "
-                f"{reached / needed:.1f} times sooner"
-            )
-        summary = {"to_final_accuracy_of_trl": pairs, "mean": {"accuracy": goal, "ours_minutes": needed, "trl_minutes": reached}}
-    folders = [output / f"{name}-{steps}-{seed}" for name in programs for seed in seeds]
-    environments = {f.name: json.loads((f / "environment.json").read_text()) for f in folders}
-    result.write_text(json.dumps({"environments": environments, "curves": curves, "means": means} | summary, indent=1) + "\n")
+        races = [race(a, b, f"seed {seed}") for seed, a, b in zip(seeds, curves["ours"], curves["trl"], strict=True)]
+        races.append(race(means["ours"], means["trl"], "mean curves"))
+    about = {"environments": environments, "curves": curves, "means": means, "to_final_accuracy_of_trl": races}
+    result.write_text(json.dumps(about, indent=1) + "\n")
     draw(curves, picture)
 
 
