@@ -238,7 +238,7 @@ def race(ours: list[dict], trl: list[dict], label: str) -> dict:
 def main(
     programs: tuple[Literal["ours", "trl"], ...] = ("ours", "trl"),
     seeds: tuple[int, ...] = (42, 43, 44),
-    steps: int = 30,
+    steps: int = 20,
     output: Path = ROOT / "output" / "learning",
     result: Path = ROOT / "benchmarks" / "learning.json",
     picture: Path = ROOT / "benchmarks" / "learning.svg",
