@@ -48,6 +48,44 @@ def machine_rates(policy, rows: int) -> tuple[float, float]:
     return reading, product
 
 
+def measure(
+    policy, prompts: torch.Tensor, group_size: int, tokens: int, repetitions: int, generator: torch.Generator
+) -> dict[str, object]:
+    """Seconds of both for `tokens` tokens of `group_size` completions of each prompt (Q, P), and what the machine could do."""
+    repeated = prompts.repeat_interleave(group_size, 0)  # (B, P)
+
+    def ours():
+        sample(
+            policy, prompts.tolist(), group_size, max_length=2048, max_new_tokens=tokens, temperature=TEMPERATURE,
+            top_p=1.0, stop_ids=[], pad_id=0, generator=generator,
+        )  # fmt: skip
+
+    def generate():
+        policy.generate(
+            repeated, attention_mask=torch.ones_like(repeated), do_sample=True, temperature=TEMPERATURE, top_k=0, top_p=1.0,
+            min_new_tokens=tokens, max_new_tokens=tokens, pad_token_id=0,
+        )  # fmt: skip
+
+    timed = in_turns({"ours": ours, "generate": generate}, repetitions)
+    times = {name: [seconds for seconds, _ in rounds] for name, rounds in timed.items()}
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    batch = len(repeated)
+    reading, product = machine_rates(policy, batch)
+    columns = prompts.numel() + batch * tokens / 2  # that a step reads, on average
+    least = tokens * least_step_seconds(policy, batch, columns, reading, product)
+    return {
+        "completions": batch, **medians, "all": times, "step_ms": 1e3 * medians["ours"] / tokens,
+        "reading_bytes_per_s": reading, "product_flops": product, "roofline": least / medians["ours"],
+    }  # fmt: skip
+
+
+def least_step_seconds(policy, batch: int, columns: float, reading: float, product: float) -> float:
+    """The roofline of a step: reading weights and the cache's columns (bytes/s), or the products (FLOP/s), whichever is more."""
+    config, weights = policy.config, policy.num_parameters()
+    cache = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * policy.model.layers[0].self_attn.head_dim
+    return max((2 * weights + cache * columns) / reading, 2 * weights * batch / product)
+
+
 def main(
     batches: tuple[int, ...] = (8, 64, 256),
     tokens: int = 64,
@@ -76,39 +114,14 @@ def main(
     rows = []
     for batch in batches:
         prompts = torch.randint(100, 40_000, (batch // group_size, prompt_tokens), generator=generator)
-        repeated = prompts.repeat_interleave(group_size, 0)
-
-        def ours(prompts=prompts):
-            sample(
-                policy, prompts.tolist(), group_size, max_length=2048, max_new_tokens=tokens, temperature=TEMPERATURE,
-                top_p=1.0, stop_ids=[], pad_id=0, generator=generator,
-            )  # fmt: skip
-
-        def generate(repeated=repeated):
-            policy.generate(
-                repeated, attention_mask=torch.ones_like(repeated), do_sample=True, temperature=TEMPERATURE, top_k=0, top_p=1.0,
-                min_new_tokens=tokens, max_new_tokens=tokens, pad_token_id=0,
-            )  # fmt: skip
-
-        timed = in_turns({"ours": ours, "generate": generate}, repetitions)
-        times = {name: [seconds for seconds, _ in rounds] for name, rounds in timed.items()}
-        medians = {name: statistics.median(values) for name, values in times.items()}
-        config, weights = policy.config, policy.num_parameters()
-        reading, product = machine_rates(policy, batch)
-        cache = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * policy.model.layers[0].self_attn.head_dim
-        columns = prompt_tokens * (batch // group_size) + batch * tokens / 2  # that a step reads, on average
-        least = tokens * max((2 * weights + cache * columns) / reading, 2 * weights * batch / product)
-        row = {
-            "completions": batch, **medians, "all": times, "step_ms": 1e3 * medians["ours"] / tokens,
-            "reading_bytes_per_s": reading, "product_flops": product, "roofline": least / medians["ours"],
-        }  # fmt: skip
+        row = measure(policy, prompts, group_size, tokens, repetitions, generator)
         rows.append(row)
         table.add_row(
             str(batch),
-            f"{medians['ours']:.2f}",
-            f"{medians['generate']:.2f}",
-            f"{medians['generate'] / medians['ours']:.1f}",
-            f"{batch * tokens / medians['ours']:.0f}",
+            f"{row['ours']:.2f}",
+            f"{row['generate']:.2f}",
+            f"{row['generate'] / row['ours']:.1f}",
+            f"{batch * tokens / row['ours']:.0f}",
             f"{row['step_ms']:.1f}",
             f"{100 * row['roofline']:.0f} %",
         )

@@ -13,7 +13,6 @@ end token is suppressed, so that all do the same work; with `--tokens 0` complet
 """
 
 import functools
-import itertools
 import json
 import os
 import platform
@@ -168,6 +167,13 @@ def trl(data: str, model: str, tokens: int, settings: dict | None = None):
         processing_class=models.load_tokenizer(model), callbacks=[Turns()],
     )  # fmt: skip
     phase.around(trainer, "_generate", "generate")
+    count_reference(trainer, phase)
+    trainer.train()
+    yield {}
+
+
+def count_reference(trainer, phase: Phases) -> None:
+    """Count as `reference` the log-probs that TRL's trainer computes while it scores completions, not those of its update."""
     in_scoring = []
     scoring, log_probs = trainer._generate_and_score_completions, trainer._get_per_token_logps_and_entropies
 
@@ -185,13 +191,33 @@ def trl(data: str, model: str, tokens: int, settings: dict | None = None):
             return log_probs(*args, **kwargs)
 
     trainer._generate_and_score_completions, trainer._get_per_token_logps_and_entropies = scored, log_probs_of
-    trainer.train()
-    yield {}
 
 
 def trl_bf16(data: str, model: str, tokens: int):
     """The fastest of TRL's settings here."""
     return trl(data, model, tokens, {"model_init_kwargs": {"dtype": "bfloat16"}, "gradient_checkpointing": False})
+
+
+def generate_group_by_group(policy, ids: torch.Tensor, mask: torch.Tensor, pad: int, tokens: int) -> torch.Tensor:
+    """Prompts (B, P), padded on the left, with their completions behind them, padded on the right to the longest: (B, T)."""
+    parts = [
+        policy.generate(
+            ids[part], attention_mask=mask[part], do_sample=True, temperature=TEMPERATURE, top_k=0, top_p=1.0, pad_token_id=pad,
+            max_new_tokens=tokens or LIMIT, min_new_tokens=tokens or None,
+        )
+        for part in torch.arange(Q * G).split(G)
+    ]  # fmt: skip
+    out = torch.full((Q * G, max(part.shape[1] for part in parts)), pad)
+    for i, part in enumerate(parts):
+        out[i * G : (i + 1) * G, : part.shape[1]] = part
+    return out
+
+
+def full_log_probs(model, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Log-probs (b, T-1) of the tokens (b, T) after the first, by way of all logits at once."""
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    return (logits[:, :-1].float() / TEMPERATURE).log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
 
 
 def plain(data: str, model: str, tokens: int, checkpointing: bool = True):
@@ -217,32 +243,11 @@ def plain(data: str, model: str, tokens: int, checkpointing: bool = True):
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
     questions, answers = ([getattr(p, name) for p in todo for _ in range(G)] for name in ("question", "answer"))
 
-    def log_probs(of, sequence, attention):
-        positions = (attention.cumsum(1) - 1).clamp(min=0)
-        logits = of(input_ids=sequence, attention_mask=attention, position_ids=positions, use_cache=False).logits
-        return (logits[:, :-1].float() / TEMPERATURE).log_softmax(-1).gather(2, sequence[:, 1:, None])[..., 0]
-
     yield {}
     while True:
         phase = Phases()
         with phase("generate"), torch.no_grad():
-            parts = [
-                policy.generate(
-                    ids[part],
-                    attention_mask=mask[part],
-                    do_sample=True,
-                    temperature=TEMPERATURE,
-                    top_k=0,
-                    top_p=1.0,
-                    pad_token_id=pad,
-                    max_new_tokens=tokens or LIMIT,
-                    min_new_tokens=tokens or None,
-                )
-                for part in torch.arange(Q * G).split(G)
-            ]
-            out = torch.full((Q * G, max(part.shape[1] for part in parts)), pad)
-            for i, part in enumerate(parts):
-                out[i * G : (i + 1) * G, : part.shape[1]] = part
+            out = generate_group_by_group(policy, ids, mask, pad, tokens)
         new = out[:, longest:]
         ended = (new == tokenizer.eos_token_id).cumsum(1)
         real = torch.ones_like(new) if tokens else ((ended - (new == tokenizer.eos_token_id).long()) == 0).long()
@@ -254,12 +259,12 @@ def plain(data: str, model: str, tokens: int, checkpointing: bool = True):
         advantages = ((rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)).flatten()
         parts = torch.arange(Q * G).split(8)
         with phase("reference"), torch.no_grad():
-            old = [log_probs(policy, out[part], attention[part]) for part in parts]
-            frozen = [log_probs(reference, out[part], attention[part]) for part in parts]
+            old = [full_log_probs(policy, out[part], attention[part]) for part in parts]
+            frozen = [full_log_probs(reference, out[part], attention[part]) for part in parts]
         with phase("update"):
             policy.train()  # or transformers would not checkpoint
             for part, before, base in zip(parts, old, frozen, strict=True):
-                now = log_probs(policy, out[part], attention[part])
+                now = full_log_probs(policy, out[part], attention[part])
                 ratio = (now - before).exp()
                 advantage = advantages[part][:, None]
                 surrogate = torch.min(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
@@ -323,6 +328,52 @@ def work(name: str, data: str, model: str, tokens: int) -> None:
         answer_with(next(program))
 
 
+def start(name: str, data: str, model: str, tokens: int) -> subprocess.Popen:
+    """A process at `work`, set up and waiting for its turn."""
+    worker = subprocess.Popen(
+        [sys.executable, __file__, "--worker", name, data, model, str(tokens)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    json.loads(worker.stdout.readline())
+    return worker
+
+
+def step_of(worker: subprocess.Popen) -> dict:
+    """Let it take a step, and read its answer."""
+    worker.stdin.write("step\n")
+    worker.stdin.flush()
+    return json.loads(worker.stdout.readline())
+
+
+def figures(steps: list[dict], first: list[dict]) -> dict:
+    """Medians over a program's steps, and how many times the first program's seconds they take.
+
+    A program that does not say what its update takes gets what the other phases leave of a step.
+    """
+
+    def median(key: str) -> float:
+        return statistics.median(step[key] for step in steps)
+
+    phases = [dict(step["phases"]) for step in steps]
+    for of_step, step in zip(phases, steps, strict=True):
+        of_step.setdefault("update", step["seconds"] - sum(of_step.values()))
+    result = {
+        "seconds": median("seconds"),
+        "phases": {p: statistics.median(of_step.get(p, 0.0) for of_step in phases) for p in phases[0]},
+        "tokens": median("tokens"),
+        "peak_bytes": steps[-1]["peak_bytes"],
+        "steps": [step["seconds"] for step in steps],
+    }
+    if "sampler_gap" in steps[0]:
+        result["sampler_gap"] = median("sampler_gap")
+    # Of each round: machines drift.
+    result["times"] = statistics.median(a["seconds"] / b["seconds"] for a, b in zip(steps, first, strict=True))
+    return result
+
+
 def main(
     programs: tuple[Literal["ours", "trl", "trl-bf16", "plain", "plain-kept"], ...] = ("ours", "trl", "trl-bf16", "plain"),
     tokens: int = 64,
@@ -341,47 +392,24 @@ def main(
         model: As --model-name of train.py takes it.
         output: File for the figures as JSON.
     """
-    workers = {}
-    for name in programs:
-        command = [sys.executable, __file__, "--worker", name, data, model, str(tokens)]
-        workers[name] = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-        json.loads(workers[name].stdout.readline())
-
-    def step_of(worker: subprocess.Popen) -> dict:
-        worker.stdin.write("step\n")
-        worker.stdin.flush()
-        return json.loads(worker.stdout.readline())
-
+    workers = {name: start(name, data, model, tokens) for name in programs}
     timed = in_turns({name: functools.partial(step_of, worker) for name, worker in workers.items()}, repetitions, say=True)
     steps = {name: [answer | {"seconds": seconds} for seconds, answer in rounds] for name, rounds in timed.items()}
-    for answer in itertools.chain(*steps.values()):
-        answer["phases"].setdefault("update", answer["seconds"] - sum(answer["phases"].values()))
     for worker in workers.values():
         worker.kill()
-    table = Table("", "step, s", "times", "generate", "verify", "reference", "update", "tokens", "tokens/s", "peak GB")
     result = {"machine": platform.platform(), "torch": torch.__version__, "threads": torch.get_num_threads(), "tokens": tokens}
-    median = lambda name, key: statistics.median(s[key] for s in steps[name])  # noqa: E731
+    result |= {name: figures(steps[name], steps[programs[0]]) for name in programs}
+    table = Table("", "step, s", "times", "generate", "verify", "reference", "update", "tokens", "tokens/s", "peak GB")
     for name in programs:
-        phases = {p: statistics.median(s["phases"].get(p, 0.0) for s in steps[name]) for p in steps[name][0]["phases"]}
-        seconds, made = median(name, "seconds"), median(name, "tokens")
-        result[name] = {"seconds": seconds, "phases": phases, "tokens": made, "peak_bytes": steps[name][-1]["peak_bytes"]}
-        result[name]["steps"] = [s["seconds"] for s in steps[name]]
-        if "sampler_gap" in steps[name][0]:
-            result[name]["sampler_gap"] = median(name, "sampler_gap")
-        cells = [f"{phases.get(p, 0.0):.2f}" for p in ("generate", "verify", "reference", "update")]
-        pairs = zip(steps[name], steps[programs[0]], strict=True)
-        ratio = statistics.median(a["seconds"] / b["seconds"] for a, b in pairs)  # of each round: machines drift
-        result[name]["times"], rate = ratio, made / seconds if made else 0
+        of = result[name]
         table.add_row(
             name,
-            f"{seconds:.1f}",
-            f"{ratio:.2f}",
-            *cells,
-            f"{made:.0f}",
-            f"{rate:.0f}",
-            f"{result[name]['peak_bytes'] / 1e9:.1f}",
+            f"{of['seconds']:.1f}",
+            f"{of['times']:.2f}",
+            *(f"{of['phases'].get(p, 0.0):.2f}" for p in ("generate", "verify", "reference", "update")),
+            f"{of['tokens']:.0f}",
+            f"{of['tokens'] / of['seconds'] if of['tokens'] else 0:.0f}",
+            f"{of['peak_bytes'] / 1e9:.1f}",
         )
     Console(width=120).print(table)
     if output:

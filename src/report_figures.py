@@ -29,7 +29,6 @@ STYLE = {
     "axes.axisbelow": True, "lines.linewidth": 1.5, "axes.formatter.useoffset": False, "xtick.major.size": 2.5,
     "ytick.major.size": 0, "axes.unicode_minus": False, "axes.linewidth": 0.7,
 }  # fmt: skip
-HELD_OUT = ("eval/accuracy", "eval/accuracy_low", "eval/accuracy_high")
 SMOOTH_FROM = 60  # points of a curve from which on a running mean lies over it
 
 

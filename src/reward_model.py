@@ -285,6 +285,10 @@ class RewardModelChoice:
         places = {"device": self.device.type, "cpu": "cpu", "offload": f"{self.device.type} while it scores"}
         return places[self.placement] + (", int8" if self.load_in_8bit else "")
 
+    def added_to(self, plan: Plan) -> Plan:
+        """The plan of a run with it, of that of the run without."""
+        return replace(plan, reward_weights=self.weights, reward_placement=self.placement)
+
     def load(self) -> AceRewardModel:
         return AceRewardModel(
             self.name, self.device, self.dtype, system_prompt_for(self.name),
@@ -325,22 +329,12 @@ def choose_reward_model(
             name, why = ACEMATH, "auto"
         else:
             return RewardModelChoice(None, f"auto: {ACEMATH} needs a GPU, and this run is on {device.type}")
-    if placement in ("cuda", "offload") and device.type != "cuda":
-        raise InputError(f"--reward-model-device {placement}: this run is on {device.type}; leave it at auto")
+    places = _places(placement, requested != "auto", load_in_8bit, device)
     if load_in_8bit and name == EMBEDDED:
         raise InputError("--reward-model-8bit: the embedded reward model has no int8 form; it takes 0.3 GB as it is")
-    on_host = pick_dtype(torch.device("cpu"), "auto")
-    places = [placement]
-    if placement == "cuda" or device.type == "cpu":
-        places = ["device"]
-    elif placement == "auto":
-        # On the CPU a model of 7 billion weights takes minutes a step: only where it was asked for.
-        places = ["device", "offload", "cpu"] if requested != "auto" else ["device", "offload"]
-        if device.type != "cuda" or load_in_8bit:
-            places.remove("offload")
-    options = []
+    options, cpu = [], torch.device("cpu")
     for place in places:
-        where, what = (torch.device("cpu"), on_host) if place == "cpu" else (device, dtype)
+        where, what = (cpu, pick_dtype(cpu, "auto")) if place == "cpu" else (device, dtype)
         try:
             weights = reward_model_bytes(name, what, load_in_8bit)
         except InputError as error:
@@ -348,19 +342,42 @@ def choose_reward_model(
         options.append(RewardModelChoice(name, why, place, where, what, load_in_8bit, weights))
     if len(options) == 1 and requested != "auto":
         return options[0]
-    room = lambda option: option.placement == "device" or option.weights <= host_free  # noqa: E731
-    planned = lambda option: replace(plan, reward_weights=option.weights, reward_placement=option.placement)  # noqa: E731
-    for option in options:
-        if room(option) and planned(option).most() <= free:
+    with_room = [o for o in options if o.placement == "device" or o.weights <= host_free]
+    for option in with_room:
+        if option.added_to(plan).most() <= free:
             return option
     if name == EMBEDDED:
         return options[0]
     if requested != "auto":  # what may fit, or else a refusal that names the ways out
-        return next((o for o in options if room(o) and planned(o).least() <= free), options[0])
+        return next((o for o in with_room if o.added_to(plan).least() <= free), options[0])
     needed = replace(plan, reward_weights=options[0].weights).most()
-    return RewardModelChoice(
-        None, f"auto: {ACEMATH} and the policy need up to {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
-    )
+    why = f"auto: {ACEMATH} and the policy need up to {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+    return RewardModelChoice(None, why)
+
+
+def _places(placement: str, asked_for: bool, load_in_8bit: bool, device: torch.device) -> list[str]:
+    """Where the reward model may go, as `RewardModelChoice.placement`, the best first.
+
+    Args:
+        placement, load_in_8bit: The flags' values.
+        asked_for: By name, not by --reward-model-name auto.
+        device: Where the policy computes.
+
+    Raises:
+        InputError: There is no such placement beside that device.
+    """
+    if placement in ("cuda", "offload") and device.type != "cuda":
+        raise InputError(f"--reward-model-device {placement}: this run is on {device.type}; leave it at auto")
+    if placement == "cuda" or device.type == "cpu":
+        return ["device"]
+    if placement != "auto":
+        return [placement]
+    places = ["device"]
+    if device.type == "cuda" and not load_in_8bit:
+        places.append("offload")
+    if asked_for:  # on the CPU a model of 7 billion weights takes minutes a step
+        places.append("cpu")
+    return places
 
 
 def reward_model_bytes(name: str, dtype: torch.dtype, load_in_8bit: bool) -> float:

@@ -71,35 +71,23 @@ def sample(
     first, whole = part_of or (0, batch)
     decoder = make_decoder(model, batch, int(prompt_lengths.max()) + steps)
     logits = decoder.prefill(prompt_ids, group_size, pad_id)  # (B, V)
-
-    stops = torch.tensor(stop_ids, device=device)
-    tokens = torch.full((batch, steps), pad_id, device=device)  # (B, C)
-    log_probs = torch.zeros(batch, steps, device=device)  # (B, C)
-    counts = torch.zeros(batch, dtype=torch.long, device=device)  # (B,) tokens of each completion
-    finished = torch.zeros(batch, dtype=torch.bool, device=device)
-    rows = torch.arange(batch, device=device)  # the completion that each row of the decode batch belongs to
-    going = torch.ones(batch, dtype=torch.bool, device=device)  # per row of the decode batch
+    growing = _Growing(limits, stop_ids, pad_id)
     for step in range(steps):
-        uniform = None if temperature == 0 else torch.rand(whole, device=device, generator=generator)[first + rows]
+        uniform = None if temperature == 0 else torch.rand(whole, device=device, generator=generator)[first + growing.rows]
         token, log_prob = _pick(logits, temperature, top_p, uniform)
-        tokens[rows, step] = torch.where(going, token, pad_id)
-        log_probs[rows, step] = torch.where(going, log_prob, 0.0)
-        counts[rows] += going
-        stopped = torch.isin(token, stops)
-        finished[rows] |= going & stopped
-        going = going & ~stopped & (limits[rows] > step + 1)
+        growing.take(step, token, log_prob)
         if (step + 1) % decoder.look_every == 0:
-            left = int(going.sum())
-            if left == 0:
+            if (left := int(growing.going.sum())) == 0:
                 break
-            if decoder.shrinks and left < COMPACT_BELOW * len(rows):
-                keep = going.nonzero()[:, 0]
+            if decoder.shrinks and left < COMPACT_BELOW * len(growing.rows):
+                keep = growing.going.nonzero()[:, 0]
                 decoder.keep(keep)
-                rows, token, going = rows[keep], token[keep], going[keep]
+                growing.keep(keep)
+                token = token[keep]
         if step + 1 == steps:
             break
         logits = decoder.step(token)
-    return _join(prompt_ids, group_size, tokens, log_probs, counts, finished, pad_id)
+    return growing.behind(prompt_ids, group_size)
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, samples: Samples) -> list[str]:
@@ -133,34 +121,58 @@ def _pick(
     return token[:, 0], probs.gather(1, token).log()[:, 0]
 
 
-def _join(
-    prompt_ids: list[list[int]],
-    group_size: int,
-    tokens: torch.Tensor,
-    log_probs: torch.Tensor,
-    counts: torch.Tensor,
-    finished: torch.Tensor,
-    pad_id: int,
-) -> Samples:
-    """Put each completion (row of (B, C) tokens, `counts` (B,) of them real) right behind its prompt."""
-    device = tokens.device
-    prompts = [ids for ids in prompt_ids for _ in range(group_size)]  # B
-    completion_ids = [row[:n] for row, n in zip(tokens.tolist(), counts.tolist(), strict=True)]
-    starts = torch.tensor([len(ids) for ids in prompts], device=device)  # (B,)
-    ends = starts + counts
-    length = int(ends.max())
-    sequence_ids = torch.full((len(prompts), length), pad_id)
-    for row, prompt, completion in zip(sequence_ids, prompts, completion_ids, strict=True):
-        row[: len(prompt) + len(completion)] = torch.tensor(prompt + completion)
-    column = torch.arange(length, device=device)
-    completion = (column >= starts[:, None]) & (column < ends[:, None])  # (B, T)
-    joined = torch.zeros(completion.shape, device=device)  # (B, T)
-    joined[completion] = log_probs[torch.arange(tokens.shape[1], device=device) < counts[:, None]]
-    return Samples(
-        sequence_ids=sequence_ids.to(device),
-        attention_mask=column < ends[:, None],
-        action_mask=completion[:, 1:],  # one shorter: entry t is about predicting token t + 1
-        log_probs=joined[:, 1:].contiguous(),
-        finished=finished,
-        completion_ids=completion_ids,
-    )
+class _Growing:
+    """B completions while they grow, the longest to C tokens, and which of them the n rows of the decode batch belong to.
+
+    Args:
+        limits: (B,) int64, tokens that each may have.
+        stop_ids, pad_id: As `sample` takes them.
+    """
+
+    def __init__(self, limits: torch.Tensor, stop_ids: list[int], pad_id: int):
+        batch, longest, device = len(limits), int(limits.max()), limits.device
+        self.limits, self.pad_id = limits, pad_id
+        self.stops = torch.tensor(stop_ids, device=device)
+        self.tokens = torch.full((batch, longest), pad_id, device=device)  # (B, C)
+        self.log_probs = torch.zeros(batch, longest, device=device)  # (B, C)
+        self.counts = torch.zeros(batch, dtype=torch.long, device=device)  # (B,) tokens of each completion
+        self.finished = torch.zeros(batch, dtype=torch.bool, device=device)  # (B,)
+        self.rows = torch.arange(batch, device=device)  # (n,) the completion that each row of the decode batch belongs to
+        self.going = torch.ones(batch, dtype=torch.bool, device=device)  # (n,)
+
+    def take(self, step: int, token: torch.Tensor, log_prob: torch.Tensor) -> None:
+        """Add to those still going their token number `step`, counted from 0, with its log-prob: (n,) each."""
+        self.tokens[self.rows, step] = torch.where(self.going, token, self.pad_id)
+        self.log_probs[self.rows, step] = torch.where(self.going, log_prob, 0.0)
+        self.counts[self.rows] += self.going
+        stopped = torch.isin(token, self.stops)
+        self.finished[self.rows] |= self.going & stopped
+        self.going = self.going & ~stopped & (self.limits[self.rows] > step + 1)
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Let the other rows leave, as `Decoder.keep` does."""
+        self.rows, self.going = self.rows[rows], self.going[rows]
+
+    def behind(self, prompt_ids: list[list[int]], group_size: int) -> Samples:
+        """Each completion right behind its prompt."""
+        device = self.tokens.device
+        prompts = [ids for ids in prompt_ids for _ in range(group_size)]  # B
+        completion_ids = [row[:n] for row, n in zip(self.tokens.tolist(), self.counts.tolist(), strict=True)]
+        starts = torch.tensor([len(ids) for ids in prompts], device=device)  # (B,)
+        ends = starts + self.counts
+        length = int(ends.max())
+        sequence_ids = torch.full((len(prompts), length), self.pad_id)
+        for row, prompt, completion in zip(sequence_ids, prompts, completion_ids, strict=True):
+            row[: len(prompt) + len(completion)] = torch.tensor(prompt + completion)
+        column = torch.arange(length, device=device)
+        completion = (column >= starts[:, None]) & (column < ends[:, None])  # (B, T)
+        joined = torch.zeros(completion.shape, device=device)  # (B, T)
+        joined[completion] = self.log_probs[torch.arange(self.tokens.shape[1], device=device) < self.counts[:, None]]
+        return Samples(
+            sequence_ids=sequence_ids.to(device),
+            attention_mask=column < ends[:, None],
+            action_mask=completion[:, 1:],  # one shorter: entry t is about predicting token t + 1
+            log_probs=joined[:, 1:].contiguous(),
+            finished=self.finished,
+            completion_ids=completion_ids,
+        )

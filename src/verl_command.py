@@ -166,17 +166,8 @@ def command(
         tensor_parallel: GPUs that generate together.
         max_prompt_length: Tokens of a prompt at most; by default half of --max-length. The rest is the completion's.
     """
-    try:
-        h = json.loads(config.read_text())["hyperparameters"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{config}: not a run's config.json ({type(error).__name__}: {error})") from None
-    if h["reward_mode"] == "verifier" or rm_api == "none":
-        served = dict(rm_api="none", rm_address=None, rm_model=None, min_rm=0.0, max_rm=0.0)
-    else:
-        served = dict(
-            rm_api=rm_api, rm_address=rm_address, rm_model=rm_model or h["reward_model_name"], min_rm=min_rm, max_rm=max_rm
-        )
-        check_reward_model(rm_gpus=rm_gpus, **served)
+    h = hyperparameters_in(config)
+    served = served_reward_model(h, rm_api, rm_model, rm_address=rm_address, rm_gpus=rm_gpus, min_rm=min_rm, max_rm=max_rm)
     overrides = {
         **training_overrides(h, model or h["model_name"], gpus_per_node * nodes),
         **rollout_overrides(h, rollout, tensor_parallel, max_prompt_length or h["max_length"] // 2),
@@ -192,14 +183,36 @@ def command(
     print(*without_counterpart(h, val_files), sep="\n")
 
 
-def check_reward_model(rm_api: str, rm_address: str | None, rm_model: str, min_rm: float, max_rm: float, rm_gpus: int) -> None:
-    """Refuse a reward model that no server could have, or that there is nothing known about."""
+def hyperparameters_in(config: Path) -> dict:
+    """main()'s parameters of a run, from its config.json.
+
+    Raises:
+        InputError: It cannot be read, or is another file.
+    """
+    try:
+        return json.loads(config.read_text())["hyperparameters"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{config}: not a run's config.json ({type(error).__name__}: {error})") from None
+
+
+def served_reward_model(
+    h: dict, rm_api: str, rm_model: str | None, *, rm_address: str | None, rm_gpus: int, min_rm: float, max_rm: float
+) -> dict[str, object]:
+    """The reward model that a server has, where it is and its bounds, as settings of `hybrid_overrides`.
+
+    Raises:
+        InputError: No server could have it, or there is nothing known about it.
+    """
+    if h["reward_mode"] == "verifier" or rm_api == "none":
+        return dict(rm_api="none", rm_address=None, rm_model=None, min_rm=0.0, max_rm=0.0)
+    rm_model = rm_model or h["reward_model_name"]
     if rm_model in ("auto", "none", EMBEDDED):
         raise InputError(f"--rm-model: no server has the run's reward model, {rm_model!r}; name one, or give --rm-api none")
     if max_rm <= min_rm:
         raise InputError(f"--min-rm {min_rm} --max-rm {max_rm}: give the bounds that `calibrate` prints")
     if bool(rm_address) == bool(rm_gpus):
         raise InputError("--rm-address, --rm-gpus: give one of the two: a server of yours, or GPUs for verl to serve it on")
+    return dict(rm_api=rm_api, rm_address=rm_address, rm_model=rm_model, min_rm=min_rm, max_rm=max_rm)
 
 
 def without_counterpart(h: dict, val_files: str | None) -> list[str]:
