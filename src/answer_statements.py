@@ -66,18 +66,9 @@ def statement_value(sentence: str, whole: bool = False, first: bool = False) -> 
         left_to_do = re.fullmatch(r"[\s\d.]*\d\s?[-+*/×x]\s?[\s\d.+*/×x-]*[\s.]*", sides[-1])
         if left_to_do and len(sides) == 2 and read_number(first_side):  # 8 = 5 + 3
             return first_side
-        sentence, first = sides[-1], True
-    else:
-        tail = None
-        opening = re.match(r"[^A-Za-z\d\\]{0,6}(?=[\d\\])", sentence)
-        if opening and not first:
-            number = NUMBER.search(sentence)
-            first = bool(number) and not _OPERATOR_AFTER.match(sentence, number.end())
-        if not first:
-            for m in re.finditer(r"\b(?:is|equals|equal to|which is|gives|are)\b(?=[^\d\n]{0,20}\d)", sentence):
-                tail = m
-            if tail is not None:
-                sentence, first = sentence[tail.end() :], True
+        sentence = sides[-1]
+    elif not first:
+        sentence = _behind_last_verb(sentence)
     if whole and re.match(r"[\s*]{0,4}\(?[A-J]\)(?:\s|\W*$)", sentence):
         return unwrap(sentence)
     bracketed = re.match(r"[^\w(\[\\]{0,6}([(\[][^()\[\]=]{1,80},[^()\[\]=]{1,80}[)\]])", sentence)
@@ -88,26 +79,14 @@ def statement_value(sentence: str, whole: bool = False, first: bool = False) -> 
         return formula[1].strip()
     if formula and read_number(formula[1]) is not None and "\\" not in sentence[:1]:
         return formula[1].strip()
-    matches = list(NUMBER.finditer(sentence))
+    number = NUMBER.search(sentence)
     spelled = re.match(
         rf"[^A-Za-z\d]{{0,5}}((?:negative |minus )?{NUMBER_WORDS})\b(?! and (?:a|one|two|three)\b)", sentence, re.IGNORECASE
     )
-    if matches and spelled and read_words(spelled[1]):
+    if number and spelled and read_words(spelled[1]):
         return spelled[1]  # nine (9)
-    if matches:
-        m = matches[0]
-        if NOT_IT.search(sentence[: m.start()]):
-            return None
-        if _OPERATOR_AFTER.match(sentence, m.end()):
-            return unwrap(sentence)[:MAX_ANSWER_CHARS] or None  # arithmetic that is left to do
-        thousands = re.match(r"[kK]\b", sentence[m.end() :])
-        if (_JOINED_AFTER.match(sentence, m.end()) and not thousands) or re.search(
-            r"[\\^(]\w*[{(]?$|[a-zA-Z]\s?[-+*/]\s?$", sentence[max(0, m.start() - 8) : m.start()]
-        ):
-            end = re.search(r"\$|,\s|\s(?=[a-z]{2,})", sentence[m.start() :])
-            piece = sentence[: m.start() + end.start()] if end else sentence
-            return unwrap(piece) or None
-        return with_unit(sentence, m)
+    if number:
+        return _around_number(sentence, number)
     bare = re.sub(r"^[^a-zA-Z]{0,5}", "", sentence)
     words = read_words(bare)
     if words:
@@ -116,6 +95,32 @@ def statement_value(sentence: str, whole: bool = False, first: bool = False) -> 
         bare = unwrap(sentence)
         return bare if 0 < len(bare) <= 100 else None
     return None
+
+
+def _behind_last_verb(sentence: str) -> str:
+    """What follows the last "is" before a number: of "the sum of 3 and 5 is 8". All of a sentence that opens with its value."""
+    if re.match(r"[^A-Za-z\d\\]{0,6}(?=[\d\\])", sentence):
+        number = NUMBER.search(sentence)
+        if number and not _OPERATOR_AFTER.match(sentence, number.end()):
+            return sentence
+    verbs = list(re.finditer(r"\b(?:is|equals|equal to|which is|gives|are)\b(?=[^\d\n]{0,20}\d)", sentence))
+    return sentence[verbs[-1].end() :] if verbs else sentence
+
+
+def _around_number(sentence: str, number: re.Match) -> str | None:
+    """The value that the first number of a sentence is or is a part of: arithmetic, a formula, a number with its unit."""
+    if NOT_IT.search(sentence[: number.start()]):
+        return None
+    if _OPERATOR_AFTER.match(sentence, number.end()):
+        return unwrap(sentence)[:MAX_ANSWER_CHARS] or None  # arithmetic that is left to do
+    thousands = re.match(r"[kK]\b", sentence[number.end() :])
+    if (_JOINED_AFTER.match(sentence, number.end()) and not thousands) or re.search(
+        r"[\\^(]\w*[{(]?$|[a-zA-Z]\s?[-+*/]\s?$", sentence[max(0, number.start() - 8) : number.start()]
+    ):
+        end = re.search(r"\$|,\s|\s(?=[a-z]{2,})", sentence[number.start() :])
+        piece = sentence[: number.start() + end.start()] if end else sentence
+        return unwrap(piece) or None
+    return with_unit(sentence, number)
 
 
 def with_unit(sentence: str, match: re.Match) -> str:
