@@ -160,6 +160,11 @@ _UNIT = re.compile(
     r"(?P<degree>\s?(?:°|\^\s?\{?\\?circ\s?\}?|\\degree|degrees?\b)(?:\s?[CF]\b)?)|"
     r"[ \t-]?(?P<unit>[A-Za-z]+)(?:\^\{?[23]\}?|[ \t./-]{1,2}[A-Za-z']+){0,5}\.?"
 )
+_NO_UNIT_IN = re.compile(  # words that make more of a number than one with a unit: "8 or 9", "8 more than 3"
+    r"\b(or|and|to|not|maybe|perhaps|but|than|times|plus|minus|versus|vs|if|out|is|are|was|were|has|have|equals?|gives?|makes?|"
+    rf"into|divided|multiplied|{OTHER_QUANTITY}|below|above|remainder|r|more|less|because|so|which|that)\b",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -214,12 +219,7 @@ def read_number(answer: str) -> Number | None:
             return None
         percent = bool(after["percent"])
         if after["unit"]:
-            if re.search(
-                r"\b(or|and|to|not|maybe|perhaps|but|than|times|plus|minus|versus|vs|if|out|is|are|was|were|has|have|equals?|gives?|makes?|"
-                rf"into|divided|multiplied|{OTHER_QUANTITY}|below|above|remainder|r|more|less|because|so|which|that)\b",
-                rest,
-                re.IGNORECASE,
-            ):
+            if _NO_UNIT_IN.search(rest):
                 return None
             word = after["unit"].lower()
             if len(word) == 1 and word not in UNIT_ALIASES and word not in "mglc":
