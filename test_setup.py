@@ -84,7 +84,7 @@ def check_verifier() -> str:
             if verifier.verify("", response, truth)["correct"] != expected:
                 raise Failed(
                     f"the verifier misjudges {response!r} against {truth!r}",
-                    f"git status: has src/math_verifier.py, answers.py or symbolic.py changed? Otherwise {SETUP}",
+                    f"git status: has src/math_verifier.py, symbolic.py or an answer*.py changed? Otherwise {SETUP}",
                 )
     return f"verifier: {len(cases)} answers judged as they should be"
 

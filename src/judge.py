@@ -14,7 +14,9 @@ from typing import NamedTuple
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from src.answers import final_answer, read_number, unwrap
+from src.answer_numbers import read_number
+from src.answer_text import unwrap
+from src.answers import final_answer
 from src.models import embedded_folder
 
 JUDGE_FOLDER = Path(__file__).parent.parent / "data" / "embedded_judge"

@@ -11,18 +11,10 @@ import time
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from src.answers import (
-    MAX_ANSWER_CHARS,
-    FinalAnswer,
-    Number,
-    boxed,
-    clean,
-    final_answer,
-    normalised,
-    read_number,
-    same_number,
-    unwrap,
-)
+from src.answer_marks import boxed
+from src.answer_numbers import Number, read_number, same_number
+from src.answer_text import MAX_ANSWER_CHARS, clean, normalised, unwrap
+from src.answers import FinalAnswer, final_answer
 from src.symbolic import ITEM_SECONDS, Outcome, SymbolicWorker, renew_lock_after_fork
 
 MAX_CACHED = 100_000  # comparisons that are remembered

@@ -16,7 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from src import math_verifier
-from src.answers import boxed, final_answer, read_number
+from src.answer_marks import boxed
+from src.answer_numbers import read_number
+from src.answers import final_answer
 from src.math_verifier import MathVerifier, ground_truth_of
 from src.symbolic import Outcome, SymbolicWorker
 from tests.answer_table import RIGHT, WRONG
