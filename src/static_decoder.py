@@ -36,7 +36,7 @@ def fits(model: PreTrainedModel) -> bool:
 
 @functools.lru_cache
 def _can_compile() -> bool:
-    from torch._inductor.utils import has_triton  # what torch.compile itself asks on a GPU
+    from torch.utils._triton import has_triton  # what torch.compile itself asks on a GPU
 
     return has_triton()
 
