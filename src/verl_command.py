@@ -6,7 +6,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -171,7 +171,7 @@ def command(
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{config}: not a run's config.json ({type(error).__name__}: {error})") from None
     if h["reward_mode"] == "verifier" or rm_api == "none":
-        served = dict(rm_api="none", rm_address=None, rm_model=None, min_rm=0.0, max_rm=0.0)
+        served: dict[str, Any] = dict(rm_api="none", rm_address=None, rm_model=None, min_rm=0.0, max_rm=0.0)
     else:
         served = dict(
             rm_api=rm_api, rm_address=rm_address, rm_model=rm_model or h["reward_model_name"], min_rm=min_rm, max_rm=max_rm
