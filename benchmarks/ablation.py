@@ -89,7 +89,7 @@ def main(
         steps: Of each run.
         output: Folder of the runs.
     """
-    table = []
+    table: list[dict] = []
     for seed in seeds:
         for scale in scales:
             for method in methods:

@@ -102,10 +102,10 @@ def trl(folder: Path, seed: int, steps: int) -> None:
 
         minutes, since = 0.0, 0.0
 
-        def on_train_begin(self, args, state, control, model, **_):
+        def on_train_begin(self, args, state, control, model=None, **_):
             self.point(0, model)
 
-        def on_step_end(self, args, state, control, model, **_):
+        def on_step_end(self, args, state, control, model=None, **_):
             step, rest = divmod(state.global_step, updates)
             if rest == 0:
                 print(f"step {step}: {self.minutes + (time.perf_counter() - self.since) / 60:.2f} min", flush=True)
@@ -225,8 +225,8 @@ def main(
     halfway = len(next(iter(means.values()))) // 2
     table = Table("", "before", f"after {halfway * EVERY} steps", f"after {steps} steps", "minutes")
     share = lambda point: f"{100 * point['accuracy']:.1f} ± {100 * point['std']:.1f} %"  # noqa: E731
-    for name, mean in means.items():
-        table.add_row(LABELS[name], *(share(mean[i]) for i in (0, halfway, -1)), f"{mean[-1]['minutes']:.1f}")
+    for program, mean in means.items():
+        table.add_row(LABELS[program], *(share(mean[i]) for i in (0, halfway, -1)), f"{mean[-1]['minutes']:.1f}")
     Console(width=100).print(table)
     summary = {}
     if {"ours", "trl"} <= set(programs):
@@ -235,13 +235,13 @@ def main(
             goal, needed = their[-1]["accuracy"], minutes_to(our, their[-1]["accuracy"])
             reached = minutes_to(their, goal)
             pairs.append({"seed": seed, "accuracy": goal, "ours_minutes": needed, "trl_minutes": reached})
-            ours_says = f"{needed:.1f} minutes, {reached / needed:.1f} times sooner" if needed else "never"
+            ours_says = f"{needed:.1f} minutes, {reached / needed:.1f} times sooner" if needed and reached else "never"
             print(
                 f"seed {seed}: TRL's final {100 * goal:.1f} %: first reached there in {reached:.1f} minutes, here in {ours_says}"
             )
         goal = means["trl"][-1]["accuracy"]
         needed, reached = minutes_to(means["ours"], goal), minutes_to(means["trl"], goal)
-        if needed:
+        if needed and reached:
             print(
                 f"mean curves: TRL's final {100 * goal:.1f} % there in {reached:.1f} minutes, here in {needed:.1f}, "
                 f"{reached / needed:.1f} times sooner"

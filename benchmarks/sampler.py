@@ -85,7 +85,7 @@ def main(
             )  # fmt: skip
 
         def generate(repeated=repeated):
-            policy.generate(
+            policy.generate(  # type: ignore[operator]  # every causal model has it
                 repeated, attention_mask=torch.ones_like(repeated), do_sample=True, temperature=TEMPERATURE, top_k=0, top_p=1.0,
                 min_new_tokens=tokens, max_new_tokens=tokens, pad_token_id=0,
             )  # fmt: skip

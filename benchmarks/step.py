@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 import tyro
@@ -35,6 +35,8 @@ from rich.table import Table
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+T = TypeVar("T")
+ANSWERS: int  # where a worker writes, a descriptor
 Q, G, LIMIT, TEMPERATURE, KL, LR = 8, 8, 64, 0.8, 0.01, 1e-6
 
 
@@ -109,8 +111,8 @@ def ours(data: str, model: str, tokens: int):
                 stop_ids=stop_ids, pad_id=tokenizer.pad_token_id, generator=generator,
             )  # fmt: skip
         with phase("verify"):
-            rewards = verdicts(verifier, questions, train.decode(tokenizer, samples), answers)
-        rewards = torch.tensor(rewards) + torch.linspace(0, 0.1, Q * G)  # no group without an advantage: all is computed
+            right = verdicts(verifier, questions, train.decode(tokenizer, samples), answers)
+        rewards = torch.tensor(right) + torch.linspace(0, 0.1, Q * G)  # no group without an advantage: all is computed
         advantages = compute_advantages(rewards, G, "batch")
         with phase("update"):
             metrics = train.update(
@@ -134,7 +136,8 @@ def trl(data: str, model: str, tokens: int, settings: dict | None = None):
 
     verifier = MathVerifier()
     rows = [{"prompt": [{"role": "user", "content": p.question}], "answer": p.answer} for p in problems(data)]
-    phase, said, made = Phases(), [], []
+    phase, made = Phases(), []
+    said: list[int] = []
 
     def reward(prompts, completions, completion_ids, answer, **_):
         made.append(sum(map(len, completion_ids)))
@@ -184,7 +187,7 @@ def trl(data: str, model: str, tokens: int, settings: dict | None = None):
         with phase("reference"):
             return log_probs(*args, **kwargs)
 
-    trainer._generate_and_score_completions, trainer._get_per_token_logps_and_entropies = scored, log_probs_of
+    trainer._generate_and_score_completions, trainer._get_per_token_logps_and_entropies = scored, log_probs_of  # type: ignore[method-assign]
     trainer.train()
     yield {}
 
@@ -284,9 +287,9 @@ PROGRAMS = {"ours": ours, "trl": trl, "trl-bf16": trl_bf16, "plain": plain, "pla
 # Turns
 
 
-def in_turns(runs: dict[str, Callable], repetitions: int, say: bool = False) -> dict[str, list[tuple[float, object]]]:
+def in_turns(runs: dict[str, Callable[[], T]], repetitions: int, say: bool = False) -> dict[str, list[tuple[float, T]]]:
     """Seconds and answer of each run of each program, which meet the same machine; one round before them warms up."""
-    done: dict[str, list[tuple[float, object]]] = {name: [] for name in runs}
+    done: dict[str, list[tuple[float, T]]] = {name: [] for name in runs}
     for repetition in range(repetitions + 1):
         for name, run in runs.items():
             started = time.perf_counter()
@@ -323,6 +326,11 @@ def work(name: str, data: str, model: str, tokens: int) -> None:
         answer_with(next(program))
 
 
+def answer_of(worker: subprocess.Popen) -> dict:
+    assert worker.stdout is not None
+    return json.loads(worker.stdout.readline())
+
+
 def main(
     programs: tuple[Literal["ours", "trl", "trl-bf16", "plain", "plain-kept"], ...] = ("ours", "trl", "trl-bf16", "plain"),
     tokens: int = 64,
@@ -347,12 +355,13 @@ def main(
         workers[name] = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
-        json.loads(workers[name].stdout.readline())
+        answer_of(workers[name])
 
     def step_of(worker: subprocess.Popen) -> dict:
+        assert worker.stdin is not None
         worker.stdin.write("step\n")
         worker.stdin.flush()
-        return json.loads(worker.stdout.readline())
+        return answer_of(worker)
 
     timed = in_turns({name: functools.partial(step_of, worker) for name, worker in workers.items()}, repetitions, say=True)
     steps = {name: [answer | {"seconds": seconds} for seconds, answer in rounds] for name, rounds in timed.items()}
@@ -361,7 +370,7 @@ def main(
     for worker in workers.values():
         worker.kill()
     table = Table("", "step, s", "times", "generate", "verify", "reference", "update", "tokens", "tokens/s", "peak GB")
-    result = {"machine": platform.platform(), "torch": torch.__version__, "threads": torch.get_num_threads(), "tokens": tokens}
+    result: dict = dict(machine=platform.platform(), torch=torch.__version__, threads=torch.get_num_threads(), tokens=tokens)
     median = lambda name, key: statistics.median(s[key] for s in steps[name])  # noqa: E731
     for name in programs:
         phases = {p: statistics.median(s["phases"].get(p, 0.0) for s in steps[name]) for p in steps[name][0]["phases"]}
@@ -390,6 +399,6 @@ def main(
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
-        work(*sys.argv[2:5], int(sys.argv[5]))
+        work(sys.argv[2], sys.argv[3], sys.argv[4], int(sys.argv[5]))
     else:
         tyro.cli(main)
