@@ -11,11 +11,17 @@ import argparse
 import importlib
 import importlib.metadata
 import importlib.util
+import io
 import os
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 HERE = Path(__file__).resolve().parent
 SETUP = "run: bash setup.sh"
@@ -99,7 +105,7 @@ def check_hybrid_reward() -> str:
     return "hybrid reward: known values"
 
 
-def run_device():
+def run_device() -> "torch.device":
     """The device that train.py takes."""
     from accelerate import Accelerator
 
@@ -203,10 +209,11 @@ def main() -> int:
     )
     parser.add_argument("--reward-model-name", default="auto", help="the reward model for --full, as train.py takes it")
     arguments = parser.parse_args()
-    sys.stdout.reconfigure(errors="replace")  # a terminal that has no check mark is no reason to stop
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that has no check mark is no reason to stop
 
     checks: list[Callable[[], str]] = [check_python]
-    checks += [lambda n=name, v=version: check_import(n, v) for name, version in pinned().items()]
+    checks += [partial(check_import, name, version) for name, version in pinned().items()]
     checks += [check_embedded_package]
     counts = {
         "dummy_math_tasks": 16,
@@ -215,7 +222,7 @@ def main() -> int:
         "arithmetic_hard_train": 2000,
         "arithmetic_hard_test": 200,
     }
-    checks += [lambda n=name, c=count: check_data(f"{n}.jsonl", c) for name, count in counts.items()]
+    checks += [partial(check_data, f"{name}.jsonl", count) for name, count in counts.items()]
     checks += [check_verifier, check_hybrid_reward, check_device, check_kernels, check_memory, check_disk]
     if arguments.full:
         checks.append(lambda: check_policy(arguments.model_name))

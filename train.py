@@ -37,6 +37,7 @@ Where this departs from the GRPO paper (arXiv:2402.03300):
 
 import functools
 import inspect
+import io
 import json
 import math
 import os
@@ -46,7 +47,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -64,14 +65,14 @@ from src.grpo import compute_advantages, kl_estimate, policy_loss, token_weights
 from src.hybrid_reward import RunningMean, hybrid_rewards
 from src.logprobs import completion_log_probs, micro_batches
 from src.math_verifier import MathVerifier, ground_truth_of
-from src.memory import Plan, bound_product_cache, check_fits, free_memory, keep_freed_memory, measure
+from src.memory import ModelSize, Plan, bound_product_cache, check_fits, free_memory, keep_freed_memory, measure
 from src.patient_stream import PatientStream
 from src.report import renew_report
-from src.resume import changes, file_hash, named_flags, read_config, resumable
+from src.resume import changes, file_hash, fingerprint, named_flags, read_config, resumable
 from src.reward_model import AceRewardModel, RewardModelChoice, choose_reward_model
 from src.rollout import fit_memory, roll_out
 from src.run_log import RunLog, Scores, choose_folder, completion_metrics, reward_metrics, rollout_rows
-from src.sampler import Samples, decode, sample
+from src.sampler import Limits, Samples, Sampling, decode, sample
 from src.signals import Stopped, StopSignals
 from src.speed import speed_metrics
 from src.trackers import check_trackers, chosen_trackers, log_completions, start_trackers
@@ -247,9 +248,9 @@ def main(
     if not accelerator.is_main_process:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (one process speaks, for as long as the others live)
     if resume:
-        folder, checkpoint = parallel.from_first(find_checkpoint(Path(resume)) if accelerator.is_main_process else None)
+        folder, checkpoint = parallel.from_first(lambda: find_checkpoint(Path(resume)))
     else:
-        folder, checkpoint = parallel.from_first(choose_folder(output, run_name) if accelerator.is_main_process else None), None
+        folder, checkpoint = parallel.from_first(lambda: choose_folder(output, run_name)), None
     set_seed(seed)
     run_device = accelerator.device
     if device not in ("auto", run_device.type):
@@ -290,7 +291,7 @@ def main(
     in_its_place = "" if "tinyllama" in model_name.lower() else f" in its place: {model_name}"
     console.say(f"Loading TinyLlama model...{in_its_place}")
     policy = models.load_policy(model_name, run_device)
-    model_fingerprint = models.fingerprint(policy)
+    model_fingerprint = fingerprint(policy)
     computes = f"computes in {str(compute_dtype).removeprefix('torch.')} on {run_device.type}"
     console.say(f"policy: {policy.num_parameters() / 1e6:.1f} million weights, trained in float32, {computes}")
     if run_device.type == "cpu" and kernels.libraries() is None:
@@ -307,8 +308,8 @@ def main(
         models.checkpoint_activations(policy)
     optimizer = torch.optim.AdamW(master.parameters, lr=lr, weight_decay=weight_decay, fused=True)
     stop_ids = models.stop_token_ids(policy, tokenizer)
-    sampling = dict(max_length=max_length, max_new_tokens=max_new_tokens, stop_ids=stop_ids, pad_id=stop_ids[0])
-    explore = dict(temperature=temperature, top_p=top_p)
+    limits = Limits(max_length=max_length, max_new_tokens=max_new_tokens, stop_ids=stop_ids, pad_id=stop_ids[0])
+    sampling = Sampling(**limits, temperature=temperature, top_p=top_p)
 
     console.say("Loading reward model and math verifier...")
     reward_model = load_reward_model(reward_choice)
@@ -319,19 +320,19 @@ def main(
 
     # The run: a new one, or one that goes on from a checkpoint
     steps_per_epoch = len(problems) // rollouts_per_step
-    total_steps = min(epochs * steps_per_epoch, max_steps or math.inf)
+    total_steps = min(epochs * steps_per_epoch, max_steps or sys.maxsize)
     progress = Progress(
         problems=len(problems), model=model_fingerprint, reward_model=reward_choice.name if reward_model else None
     )
     changed = changes(read_config(folder)["hyperparameters"], hyperparameters) if resume else {}
-    if checkpoint:
+    if resume and checkpoint:
         check_resumed(read_progress(checkpoint), progress, changed, total_steps, resume)
     config = {
         "hyperparameters": resolved | {"total_steps": total_steps},
         "data_sha256": {"data": file_hash(data), "eval_data": file_hash(eval_data)},
     }
     run = RunLog(folder, run_name is None, None if resume else config, accelerator.is_main_process)
-    run.folder = parallel.from_first(run.folder)
+    run.folder = parallel.from_first(lambda: run.folder)
     generators = {"order": order_generator, "sample": sample_generator}
     checkpoints = Checkpoints(run, adapter or policy, tokenizer, master, optimizer, generators, keep_checkpoints)
     warmed_up = False
@@ -358,16 +359,16 @@ def main(
     if reward_model is not None and not warmed_up:
         warmup_generator = torch.Generator(run_device).manual_seed(seed + 1)
         picked = [i % len(problems) for i in range(warmup_samples)]
-        warmup = sample(policy, [prompt_ids[i] for i in picked], 1, generator=warmup_generator, **explore, **sampling)
+        warmup = sample(policy, [prompt_ids[i] for i in picked], 1, generator=warmup_generator, **sampling)
         warmup_questions, warmup_texts = [problems[i].question for i in picked], decode(tokenizer, warmup)
         verifier.verify_batch(warmup_questions, warmup_texts, [problems[i].answer for i in picked])  # for its counts alone
         warn_of_unread_answers(verifier.metrics(), warmup_texts, verifier_method)
-        scores = reward_model.score_texts(warmup_questions, warmup_texts)
-        scores = scores[scores.isfinite()]  # a score that failed is no bound
-        if not len(scores):
+        found = reward_model.score_texts(warmup_questions, warmup_texts)
+        found = found[found.isfinite()]  # a score that failed is no bound
+        if not len(found):
             print("warning: the reward model failed on every completion of the warmup; both bounds are 0", flush=True)
-        bounds = (scores.min().item(), scores.max().item()) if len(scores) else (0.0, 0.0)
-        progress.min_rm, progress.max_rm = parallel.from_first(bounds)
+        bounds = (found.min().item(), found.max().item()) if len(found) else (0.0, 0.0)
+        progress.min_rm, progress.max_rm = parallel.from_first(lambda: bounds)
         if not accelerator.is_main_process:  # every process has scored the same ones, and they count once
             reward_model.failed = reward_model.truncated = 0
         count_failures(reward_model, progress)
@@ -393,7 +394,7 @@ def main(
                 console.phase("evaluate")
                 compute = functools.partial(
                     answer, policy, tokenizer, verifier, *texts_of(eval_problems), eval_prompt_ids, 1, temperature=0.0, top_p=1.0,
-                    generator=None, **sampling,
+                    generator=None, **limits,
                 )  # fmt: skip
                 answered, at_once = fit_memory(compute, at_once)
                 metrics |= answer_metrics(answered, verifier_method)
@@ -418,7 +419,7 @@ def main(
             console.phase("rollout")
             phase_started = time.perf_counter()
             prompts = [prompt_ids[i] for i in chosen]
-            samples, at_once = roll_out(policy, prompts, group_size, at_once, generator=sample_generator, **explore, **sampling)
+            samples, at_once = roll_out(policy, prompts, group_size, at_once, generator=sample_generator, **sampling)
             completions = decode(tokenizer, samples)
             rollout_s = time.perf_counter() - phase_started
 
@@ -450,8 +451,8 @@ def main(
             ref_log_probs = None
             if reference is not None:
                 with adapter.disable_adapter() if adapter else nullcontext():
-                    compute = functools.partial(reference_log_probs, reference, samples, group_size, temperature)
-                    ref_log_probs, micro_batch_size = fit_memory(compute, micro_batch_size)  # (B, T-1)
+                    of_reference = functools.partial(reference_log_probs, reference, samples, group_size, temperature)
+                    ref_log_probs, micro_batch_size = fit_memory(of_reference, micro_batch_size)  # (B, T-1)
             reference_s = time.perf_counter() - phase_started
             metrics |= update(
                 policy, master, optimizer, samples, advantages.to(run_device), ref_log_probs, group_size, order_generator,
@@ -529,7 +530,7 @@ def main(
 # Input
 
 
-def check_hyperparameters(**h) -> None:
+def check_hyperparameters(**h: Any) -> None:
     """Refuse what cannot work, before anything loads. Takes main()'s parameters by name."""
 
     def refuse(name: str, rule: str) -> None:
@@ -801,7 +802,12 @@ def plan_memory(
         raise InputError(f"--reward-mode rm: there is no reward model ({choice.why}); name one with --reward-model-name")
     plan = replace(plan, reward_weights=choice.weights, reward_placement=choice.placement)
     eight_bit = choice.weights / 2 if choice.name not in (None, models.EMBEDDED) and not choice.load_in_8bit else 0.0
-    check_fits(plan, free, lambda: measure(models.add_lora(skeleton, 16).get_base_model()), eight_bit)
+
+    def with_lora() -> ModelSize:
+        models.add_lora(skeleton, 16)
+        return measure(skeleton)
+
+    check_fits(plan, free, with_lora, eight_bit)
     return choice
 
 
@@ -1095,7 +1101,8 @@ def evaluate_only(
     if parallel.processes() > 1:
         raise InputError("--eval-only: evaluates in one process; start it with python train.py")
     ready = []
-    for flag, name in (("--model-name", model_name), ("--eval-against", eval_against))[: 2 if eval_against else 1]:
+    against = [("--eval-against", eval_against)] if eval_against else []
+    for flag, name in [("--model-name", model_name), *against]:
         load_skeleton(name, flag, dtype, max_length)
         tokenizer = models.load_tokenizer(name, flag)
         ready.append((flag, name, tokenizer, encode_prompts(tokenizer, problems, system_prompt, max_length)))
@@ -1129,7 +1136,8 @@ def cli() -> None:
 
     Exits with status 2 where input cannot work, 1 where training cannot go on, 130 after Ctrl-C and 143 after SIGTERM.
     """
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a letter is no reason to stop
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a letter is no reason to stop
     sys.stdout = PatientStream(sys.stdout)
     signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))  # before training, where nothing is to be saved
     settings = tyro.cli(functools.wraps(main)(lambda **settings: settings))

@@ -103,7 +103,7 @@ def main() -> None:
         "sampled, hard": hard_pairs,
     }
     every = [pair for pairs in sets.values() for pair in pairs]
-    results = {}
+    results: dict = {}
     print(f"{'':16} {'pairs':>6} {'AUC':>6} {'ranked right':>13} {'mean of right':>14} {'of wrong':>9}")
     for name, pairs in (sets | {"all": every}).items():
         questions = [p.question for p in pairs]

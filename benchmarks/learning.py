@@ -129,10 +129,10 @@ def curve(target: Path, accuracy: Callable):
     class Curve(TrainerCallback):
         minutes, since = 0.0, 0.0
 
-        def on_train_begin(self, args, state, control, model, **_):
+        def on_train_begin(self, args, state, control, model=None, **_):
             self.point(0, model)
 
-        def on_step_end(self, args, state, control, model, **_):
+        def on_step_end(self, args, state, control, model=None, **_):
             step, rest = divmod(state.global_step, UPDATES)
             if rest == 0 and step % EVERY == 0:
                 self.minutes += (time.perf_counter() - self.since) / 60
@@ -228,11 +228,10 @@ def show(means: dict[str, list[dict]]) -> None:
 def race(ours: list[dict], trl: list[dict], label: str) -> dict:
     """Who reaches TRL's final accuracy when."""
     goal = trl[-1]["accuracy"]
-    reached = {name: minutes_to(points, goal) for name, points in (("ours", ours), ("trl", trl))}
-    sooner = f"{reached['trl'] / reached['ours']:.1f} times sooner" if reached["ours"] else "not reached here"
-    minutes = " and ".join(f"{LABELS[name]} {m:.1f}" for name, m in reached.items() if m)
-    print(f"{label}: minutes to TRL's final {100 * goal:.1f} %: {minutes}; {sooner}")
-    return {"of": label, "accuracy": goal, "minutes": reached}
+    here, there = minutes_to(ours, goal), minutes_to(trl, goal)
+    said = f"here in {here:.1f}, {there / here:.1f} times sooner" if here and there else "not reached here"
+    print(f"{label}: TRL's final {100 * goal:.1f} % first in {there:.1f} minutes there, {said}")
+    return {"of": label, "accuracy": goal, "minutes": {"ours": here, "trl": there}}
 
 
 def main(

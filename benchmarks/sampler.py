@@ -10,6 +10,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -50,7 +51,7 @@ def machine_rates(policy, rows: int) -> tuple[float, float]:
 
 def measure(
     policy, prompts: torch.Tensor, group_size: int, tokens: int, repetitions: int, generator: torch.Generator
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Seconds of both for `tokens` tokens of `group_size` completions of each prompt (Q, P), and what the machine could do."""
     repeated = prompts.repeat_interleave(group_size, 0)  # (B, P)
 

@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 import tyro
@@ -34,6 +34,8 @@ from rich.table import Table
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+T = TypeVar("T")
+ANSWERS: int  # where a worker writes, a descriptor
 Q, G, LIMIT, TEMPERATURE, KL, LR = 8, 8, 64, 0.8, 0.01, 1e-6
 
 
@@ -107,8 +109,8 @@ def ours(data: str, model: str, tokens: int):
                 stop_ids=stop_ids, pad_id=tokenizer.pad_token_id, generator=generator,
             )  # fmt: skip
         with phase("verify"):
-            rewards = verdicts(verifier, questions, train.decode(tokenizer, samples), answers)
-        rewards = torch.tensor(rewards) + torch.linspace(0, 0.1, Q * G)  # no group without an advantage: all is computed
+            right = verdicts(verifier, questions, train.decode(tokenizer, samples), answers)
+        rewards = torch.tensor(right) + torch.linspace(0, 0.1, Q * G)  # no group without an advantage: all is computed
         advantages = compute_advantages(rewards, G, "batch")
         with phase("reference"):
             ref_log_probs = train.reference_log_probs(reference, samples, G, TEMPERATURE, 32)
@@ -133,7 +135,8 @@ def trl(data: str, model: str, tokens: int, settings: dict | None = None):
 
     verifier = MathVerifier()
     rows = [{"prompt": [{"role": "user", "content": p.question}], "answer": p.answer} for p in problems(data)]
-    phase, said, made = Phases(), [], []
+    phase, made = Phases(), []
+    said: list[int] = []
 
     def reward(prompts, completions, completion_ids, answer, **_):
         made.append(sum(map(len, completion_ids)))
@@ -289,9 +292,9 @@ PROGRAMS = {"ours": ours, "trl": trl, "trl-bf16": trl_bf16, "plain": plain, "pla
 # Turns
 
 
-def in_turns(runs: dict[str, Callable], repetitions: int, say: bool = False) -> dict[str, list[tuple[float, object]]]:
+def in_turns(runs: dict[str, Callable[[], T]], repetitions: int, say: bool = False) -> dict[str, list[tuple[float, T]]]:
     """Seconds and answer of each run of each program, which meet the same machine; one round before them warms up."""
-    done: dict[str, list[tuple[float, object]]] = {name: [] for name in runs}
+    done: dict[str, list[tuple[float, T]]] = {name: [] for name in runs}
     for repetition in range(repetitions + 1):
         for name, run in runs.items():
             started = time.perf_counter()
@@ -337,15 +340,21 @@ def start(name: str, data: str, model: str, tokens: int) -> subprocess.Popen:
         stderr=subprocess.DEVNULL,
         text=True,
     )
-    json.loads(worker.stdout.readline())
+    answer_of(worker)
     return worker
+
+
+def answer_of(worker: subprocess.Popen) -> dict:
+    assert worker.stdout is not None
+    return json.loads(worker.stdout.readline())
 
 
 def step_of(worker: subprocess.Popen) -> dict:
     """Let it take a step, and read its answer."""
+    assert worker.stdin is not None
     worker.stdin.write("step\n")
     worker.stdin.flush()
-    return json.loads(worker.stdout.readline())
+    return answer_of(worker)
 
 
 def figures(steps: list[dict], first: list[dict]) -> dict:
@@ -397,11 +406,9 @@ def main(
     steps = {name: [answer | {"seconds": seconds} for seconds, answer in rounds] for name, rounds in timed.items()}
     for worker in workers.values():
         worker.kill()
-    result = {"machine": platform.platform(), "torch": torch.__version__, "threads": torch.get_num_threads(), "tokens": tokens}
-    result |= {name: figures(steps[name], steps[programs[0]]) for name in programs}
+    of_program = {name: figures(steps[name], steps[programs[0]]) for name in programs}
     table = Table("", "step, s", "times", "generate", "verify", "reference", "update", "tokens", "tokens/s", "peak GB")
-    for name in programs:
-        of = result[name]
+    for name, of in of_program.items():
         table.add_row(
             name,
             f"{of['seconds']:.1f}",
@@ -413,11 +420,12 @@ def main(
         )
     Console(width=120).print(table)
     if output:
-        output.write_text(json.dumps(result, indent=2) + "\n")
+        about = dict(machine=platform.platform(), torch=torch.__version__, threads=torch.get_num_threads(), tokens=tokens)
+        output.write_text(json.dumps(about | of_program, indent=2) + "\n")
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
-        work(*sys.argv[2:5], int(sys.argv[5]))
+        work(sys.argv[2], sys.argv[3], sys.argv[4], int(sys.argv[5]))
     else:
         tyro.cli(main)

@@ -33,7 +33,7 @@ def easy_problems(rng: random.Random) -> tuple[list[tuple[str, int]], list[tuple
 
 def hard_expressions(rng: random.Random) -> list[tuple[str, int]]:
     """Random two-digit sums and products and sums and differences of three two-digit terms, each once."""
-    found = {}
+    found: dict[str, int] = {}
     while len(found) < TRAIN + TEST:
         a, b, c = (rng.randint(10, 99) for _ in range(3))
         kind = rng.randrange(4)

@@ -64,7 +64,7 @@ def held_out_expressions() -> set[str]:
     held_out = set()
     for name in ("arithmetic_test.jsonl", "arithmetic_hard_test.jsonl"):
         for line in (HERE / name).read_text().splitlines():
-            found = re.search(r"\d+(?: [-+*] \d+)+", json.loads(line)["question"])[0]
+            (found,) = re.findall(r"\d+(?: [-+*] \d+)+", json.loads(line)["question"])
             held_out |= {found, " + ".join(reversed(found.split(" + ")))}
     return held_out
 
@@ -153,7 +153,7 @@ def main(
     folder = models.embedded_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    model = models.add_lora(model, rank)
+    adapter = models.add_lora(model, rank)  # lives in the model's layers
     master = models.MasterWeights(model, models.pick_dtype(torch.device("cpu"), "auto"))
     optimizer = torch.optim.AdamW(master.parameters, lr=lr, weight_decay=0.0)
     warmup = 20
@@ -166,7 +166,7 @@ def main(
         problems = [problem(rng, held_out) for _ in range(batch)]
         texts = [judge_text(tokenizer, q, str(answer)) for q, answer, _ in problems]
         texts += [judge_text(tokenizer, q, str(wrong_answer(rng, answer, terms))) for q, answer, terms in problems]
-        scores, lengths = answer_log_probs(model.get_base_model(), texts)  # (2 x batch,) each
+        scores, lengths = answer_log_probs(model, texts)  # (2 x batch,) each
         right, wrong = scores.chunk(2)
         cross_entropy = (-right / lengths[:batch]).mean()
         pairs = -torch.nn.functional.logsigmoid(right - wrong).mean()
@@ -184,8 +184,8 @@ def main(
                 f"{(time.perf_counter() - started) / 60:.1f} min",
                 flush=True,
             )
-    model.peft_config["default"].base_model_name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    model.to(torch.bfloat16).save_pretrained(output, save_embedding_layers=False)
+    adapter.peft_config["default"].base_model_name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    adapter.to(torch.bfloat16).save_pretrained(str(output), save_embedding_layers=False)
     (output / "README.md").write_text(CARD)
     print(f"saved {output}")
 

@@ -52,7 +52,9 @@ def _value(match: re.Match) -> Fraction | None:
     """What a match of NUMBER stands for; None for a division by zero."""
     negative = (match["sign"] or "").strip() == "-" or match["sign2"] == "-"
     if match["latex"]:
-        top, bottom = [int(g) for g in re.search(_FRACTION, match["latex"]).groups() if g is not None]
+        fraction = re.search(_FRACTION, match["latex"])
+        assert fraction is not None  # it is a part of NUMBER
+        top, bottom = [int(g) for g in fraction.groups() if g is not None]
         if bottom == 0:
             return None
         value = int(match["whole"] or 0) + Fraction(top, bottom)
@@ -95,8 +97,7 @@ def read_words(text: str) -> tuple[Fraction, int] | None:
         value, end = value + whole, part.end()
     else:
         part = re.match(rf"(?P<sign>(?:negative|minus) )?(?P<whole>{NUMBER_WORDS})\b", text)
-        whole = _words_to_number(part["whole"]) if part else None
-        if whole is None:
+        if part is None or (whole := _words_to_number(part["whole"])) is None:
             return None
         value, end = Fraction(whole), part.end()
     return (-value if part["sign"] else value), end

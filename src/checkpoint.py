@@ -107,13 +107,14 @@ class Checkpoints:
         now = copy.deepcopy(progress)
         version, numbers, now.python_gauss = random.getstate()
         assert version == 3
-        name, keys, position, has_gauss, cached = numpy.random.get_state()
-        assert name == "MT19937"
+        of_numpy = numpy.random.get_state(legacy=False)
+        assert of_numpy["bit_generator"] == "MT19937"
+        keys, position = of_numpy["state"]["key"], of_numpy["state"]["pos"]
         now.randomness = {
             "python": torch.tensor(numbers),
             "torch": torch.get_rng_state(),
             "numpy.keys": torch.from_numpy(keys.astype(numpy.int64)),
-            "numpy.rest": torch.tensor([position, has_gauss, cached], dtype=torch.float64),
+            "numpy.rest": torch.tensor([position, of_numpy["has_gauss"], of_numpy["gauss"]], dtype=torch.float64),
             **{f"cuda.{i}": state for i, state in enumerate(_cuda_states())},
             **{f"generator.{name}": generator.get_state() for name, generator in self.generators.items()},
         }
@@ -134,7 +135,7 @@ class Checkpoints:
         try:
             progress.written = self.run.sync()
             with written_aside(self.run.folder / name) as aside:
-                self.model.save_pretrained(aside)
+                self.model.save_pretrained(str(aside))
                 self.tokenizer.save_pretrained(aside)
                 (aside / "training_state").mkdir()
                 for part, tensors in self._tensors().items():

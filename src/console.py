@@ -86,8 +86,9 @@ def phase(name: str) -> None:
 def advance(n: int = 1, tokens_per_s: float | None = None) -> None:
     """Count `n` more as done."""
     if _bar:
-        speed = {} if tokens_per_s is None else {"speed": f"{tokens_per_s:.0f} tokens/s"}
-        _bar.update(_bar.task_ids[0], advance=n, **speed)
+        if tokens_per_s is not None:
+            _bar.update(_bar.task_ids[0], speed=f"{tokens_per_s:.0f} tokens/s")
+        _bar.update(_bar.task_ids[0], advance=n)
 
 
 def stop() -> None:
@@ -112,7 +113,7 @@ class _Shown(ProgressColumn):
 def _time_left(task: Task) -> str:
     """By the mean over all that is done: steps of many seconds leave rich's own estimate, over the last 30, without any."""
     done = task.completed - task.fields["done_before"]
-    if not done:
+    if not done or task.start_time is None or task.total is None:
         return ""
     seconds = round((time.monotonic() - task.start_time) / done * (task.total - task.completed))
     return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"

@@ -5,13 +5,15 @@ form can be told from a gain in maths. Every figure comes with a 95 % interval o
 kind had been asked.
 """
 
+from __future__ import annotations
+
 import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +23,10 @@ from src import console
 from src.math_verifier import MathVerifier
 from src.rollout import fit_memory
 from src.run_log import environment
-from src.sampler import decode, sample
+from src.sampler import Limits, Sampling, decode, sample
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # Python 3.10 has none of its own
 
 METHODS = {"lenient": "flexible", "strict": "strict"}  # name of the figure: method of the verifier
 RESAMPLES = 9999
@@ -57,7 +62,9 @@ def answer(
     n: int,
     batch_size: int,
     progress: Callable[[int], None] = lambda done: None,
-    **sampling,
+    *,
+    generator: torch.Generator | None,
+    **sampling: Unpack[Sampling],
 ) -> Answered:
     """Answer each question n times and judge the answers.
 
@@ -66,15 +73,17 @@ def answer(
         n: Completions per question.
         batch_size: Completions that are sampled at once, about.
         progress: Called with the number of completions of each batch that is done.
-        sampling: As `sampler.sample` takes it.
+        generator, sampling: As `sampler.sample` takes them.
     """
-    completions, tokens, finished = [], [], []
-    parsed = {name: [] for name in METHODS}
-    right = {name: [] for name in METHODS}
+    completions: list[str] = []
+    tokens: list[int] = []
+    finished: list[bool] = []
+    parsed: dict[str, list[str | None]] = {name: [] for name in METHODS}
+    right: dict[str, list[bool]] = {name: [] for name in METHODS}
     at_once = max(1, batch_size // n)
     for start in range(0, len(questions), at_once):
         part = slice(start, start + at_once)
-        samples = sample(policy, prompt_ids[part], n, **sampling)
+        samples = sample(policy, prompt_ids[part], n, generator=generator, **sampling)
         texts = decode(tokenizer, samples)
         asked, truths = ([x for x in of_all[part] for _ in range(n)] for of_all in (questions, answers))
         for name, method in METHODS.items():
@@ -244,13 +253,13 @@ class Evaluated:
 
     def values(self, method: str) -> dict[str, np.ndarray]:
         """`values_per_question` by a method of METHODS."""
-        return values_per_question(self.greedy.right[method], self.samples and self.samples.right[method])
+        return values_per_question(self.greedy.right[method], self.samples.right[method] if self.samples else None)
 
     def summary(self) -> dict:
         """What evaluation.json says of it."""
         summary: dict = {"model": self.name}
         for method in METHODS:
-            shown = {name: estimate._asdict() for name, estimate in figures(self.values(method)).items()}
+            shown: dict = {name: estimate._asdict() for name, estimate in figures(self.values(method)).items()}
             if self.samples:
                 shown["any_right_frac"] = float(self.samples.right[method].any(axis=1).mean())
             summary[method] = shown
@@ -262,7 +271,9 @@ class Evaluated:
         """A record per completion, for evaluation.jsonl."""
         rows = []
         for kind, answered in (("greedy", self.greedy), ("sample", self.samples)):
-            for i, completion in enumerate(answered.completions if answered else []):
+            if answered is None:
+                continue
+            for i, completion in enumerate(answered.completions):
                 question, sample_number = divmod(i, answered.right["strict"].shape[1])
                 rows.append(
                     {
@@ -295,17 +306,18 @@ def evaluate_policy(
     *,
     temperature: float,
     top_p: float,
-    **sampling,
+    **limits: Unpack[Limits],
 ) -> Evaluated:
     """Answer each question greedily, and n times at random; where memory runs out, with fewer completions at once."""
-    compute = partial(answer, policy, tokenizer, verifier, questions, answers, prompt_ids, progress=console.advance, **sampling)
+    compute = partial(answer, policy, tokenizer, verifier, questions, answers, prompt_ids, progress=console.advance, **limits)
     console.phase("greedy")
     greedy, batch_size = fit_memory(partial(compute, 1, temperature=0.0, top_p=1.0, generator=None), batch_size)
     if n == 0:
         return Evaluated(name, greedy, None)
     console.phase(f"{n} samples")
-    explore = dict(temperature=temperature, top_p=top_p, generator=torch.Generator(policy.device).manual_seed(seed))
-    return Evaluated(name, greedy, fit_memory(partial(compute, n, **explore), batch_size)[0])
+    generator = torch.Generator(policy.device).manual_seed(seed)
+    explore = partial(compute, n, temperature=temperature, top_p=top_p, generator=generator)
+    return Evaluated(name, greedy, fit_memory(explore, batch_size)[0])
 
 
 def report_evaluation(folder: Path, settings: dict, questions: list[str], answers: list[str], evaluated: list[Evaluated]) -> None:

@@ -6,15 +6,21 @@ Source: HERO, "Hybrid Reinforcement: When Reward Is Sparse, It's Better to Be De
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
-Number = float | torch.Tensor
+Number = TypeVar("Number", float, torch.Tensor)
 
 
 def combine_hybrid_score(
-    verl_score: Number, rm_score: Number, min_rm: Number, max_rm: Number, eps: float, alpha: float, beta: float
+    verl_score: Number | float,
+    rm_score: Number,
+    min_rm: Number | float,
+    max_rm: Number | float,
+    eps: float,
+    alpha: float,
+    beta: float,
 ) -> Number:
     """Place a reward-model score in the band of its verdict.
 
@@ -44,13 +50,13 @@ def combine_hybrid_score(
     return right if verl_score == 1 else wrong
 
 
-def normalised_score(rm_score: Number, min_rm: Number, max_rm: Number, eps: float) -> Number:
+def normalised_score(rm_score: Number, min_rm: Number | float, max_rm: Number | float, eps: float) -> Number:
     """n of `combine_hybrid_score`, from 0 at the lower bound to just below 1 at the upper; scalar or (B,)."""
     return (rm_score - min_rm) / (max_rm - min_rm + eps)
 
 
 def get_final_reward(
-    r_hat: Number, sigma_bar: Number, sigma_u: Number, w_min: float = 0.5, w_max: float = 2.0, k: float = 5.0
+    r_hat: Number, sigma_bar: Number | float, sigma_u: Number, w_min: float = 0.5, w_max: float = 2.0, k: float = 5.0
 ) -> Number:
     """HERO's reward: r_hat weighted by the difficulty of its question (`--reward-scorer sigmoid`).
 
@@ -74,7 +80,7 @@ def get_final_reward(
 
 
 def get_our_final_reward(
-    r_hat: Number, sigma_bar: Number, sigma_u: Number, w_min: float = 0.5, w_max: float = 2.0, k: float = 5.0
+    r_hat: Number, sigma_bar: Number | float, sigma_u: Number | float, w_min: float = 0.5, w_max: float = 2.0, k: float = 5.0
 ) -> Number:
     """The experimental reward: r_hat weighted by itself (`--reward-scorer tanh`). sigma_bar, sigma_u and k are not read.
 
@@ -87,7 +93,9 @@ def get_our_final_reward(
     return tanh_weight(r_hat, w_min, w_max) * r_hat
 
 
-def difficulty_weight(sigma_bar: Number, sigma_u: Number, w_min: float = 0.5, w_max: float = 2.0, k: float = 5.0) -> Number:
+def difficulty_weight(
+    sigma_bar: Number | float, sigma_u: Number, w_min: float = 0.5, w_max: float = 2.0, k: float = 5.0
+) -> Number:
     """The weight of `get_final_reward`, by itself for the logs; scalar or (B,)."""
     x = k * (sigma_u - sigma_bar)
     # The same sigmoid written so that exp() cannot overflow a Python float.
@@ -100,7 +108,9 @@ def tanh_weight(r_hat: Number, w_min: float = 0.5, w_max: float = 2.0) -> Number
     return w_min + (w_max - w_min) * (torch.tanh(r_hat**3) if isinstance(r_hat, torch.Tensor) else math.tanh(r_hat**3))
 
 
-def clamp_scores(rm_scores: torch.Tensor, min_rm: Number, max_rm: Number) -> tuple[torch.Tensor, torch.Tensor]:
+def clamp_scores(
+    rm_scores: torch.Tensor, min_rm: float | torch.Tensor, max_rm: float | torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Hold scores within the calibrated bounds, so that no wrong answer can outrank a right one.
 
     Returns:

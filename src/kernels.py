@@ -26,6 +26,7 @@ ABSENT = (
     "no C++ compiler on this machine, so training on the CPU takes about twice as long; install one "
     "(Debian, Ubuntu: apt-get install g++)"
 )
+Argument = torch.Tensor | ctypes.Structure | int | float | None  # of a kernel
 LANES = 16  # columns of a block of keys, as in attention.cpp
 OPTIONS = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c++17", "-fno-math-errno", "-fno-trapping-math"]
 # x86 compilers hold back otherwise; and no sum may begin where an address says, or two runs would differ in their last bits.
@@ -83,12 +84,14 @@ def _compile(compiler: str, files: list[Path], dtype: torch.dtype, target: Path)
     raise OSError(done.stderr.decode(errors="replace"))
 
 
-def _call(name: str, dtype: torch.dtype, *arguments) -> None:
+def _call(name: str, dtype: torch.dtype, *arguments: Argument) -> None:
     """Call a kernel with contiguous tensors on the CPU, whole numbers (int64), floats, blocks, and None for a null pointer."""
-    getattr(libraries()[dtype], name)(*map(_argument, arguments))
+    compiled = libraries()
+    assert compiled is not None  # or `llama.fits` would have said no
+    getattr(compiled[dtype], name)(*map(_argument, arguments))
 
 
-def _argument(value):
+def _argument(value: Argument) -> object:
     if isinstance(value, torch.Tensor):
         assert value.is_contiguous(), value.shape
         return ctypes.c_void_p(value.data_ptr())
@@ -294,7 +297,8 @@ class Cache:
 @functools.lru_cache
 def matrix_units() -> bool:
     """Whether this machine multiplies bfloat16 matrices by `PackedWeight`."""
-    return libraries() is not None and bool(libraries()[torch.bfloat16].matrix_units())
+    compiled = libraries()
+    return compiled is not None and bool(compiled[torch.bfloat16].matrix_units())
 
 
 class PackedWeight:

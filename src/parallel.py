@@ -5,12 +5,14 @@ advantages, and each takes its part of every optimizer step's gradient. With one
 are given.
 """
 
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
+Number = TypeVar("Number", int, float)
 
 
 def processes() -> int:
@@ -35,12 +37,12 @@ def gather(items: list[T]) -> list[T]:
     return [item for part in lists for item in part]
 
 
-def from_first(thing: T) -> T:
-    """What the first process has, in all of them."""
-    return gather([thing])[0]
+def from_first(make: Callable[[], T]) -> T:
+    """What the first process makes, in all of them; the others make nothing."""
+    return gather([make()] if rank() == 0 else [])[0]
 
 
-def sum_gradients(parameters: list[torch.nn.Parameter]) -> None:
+def sum_gradients(parameters: list[torch.Tensor]) -> None:
     """Give every process the sum of all processes' gradients, bit for bit the same; none counts as zeros."""
     if processes() == 1:
         return
@@ -57,7 +59,7 @@ def add_up(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def sum_values(values: dict[str, float]) -> dict[str, float]:
+def sum_values(values: dict[str, Number]) -> dict[str, Number]:
     """The sum over all processes of each value."""
     everywhere = gather([values])
     return {name: sum(v[name] for v in everywhere) for name in values}

@@ -21,7 +21,8 @@ from src.run_reader import Run
 VARIABLES = ("ink", "faint", "right", "wrong", "s1", "s2", "s3", "s4", "s5", "s6")
 PLACEHOLDER = {name: "#" + f"{i:02x}" * 3 for i, name in enumerate(VARIABLES, start=1)}
 INK, FAINT, RIGHT, WRONG, *SERIES = PLACEHOLDER.values()
-DASHES = ["-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5))]
+Dash = str | tuple[float, tuple[float, ...]]  # matplotlib's
+DASHES: list[Dash] = ["-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5))]
 STYLE = {
     "svg.fonttype": "none", "font.size": 8.5, "text.color": INK, "axes.edgecolor": FAINT, "axes.labelcolor": INK,
     "xtick.color": FAINT, "ytick.color": FAINT, "xtick.labelcolor": INK, "ytick.labelcolor": INK, "axes.grid": True,
@@ -35,7 +36,7 @@ SMOOTH_FROM = 60  # points of a curve from which on a running mean lies over it
 def sections(runs: list[Run]) -> list[dict]:
     """The page's sections of figures: a title and its figures, each with what the template needs to show it."""
     with matplotlib.rc_context(STYLE):
-        found = [dict(title=title, figures=[curves(panel, runs) for panel in panels]) for title, panels in PANELS.items()]
+        found: list[dict] = [dict(title=name, figures=[curves(p, runs) for p in panels]) for name, panels in PANELS.items()]
         found[0]["figures"].insert(0, held_out(runs))
         of_scores = [figure for run in runs for figure in reward_model(run, len(runs) > 1)]
         found.insert(1, dict(title="Is the reward model any good?", figures=of_scores))
@@ -66,7 +67,9 @@ def sections(runs: list[Run]) -> list[dict]:
 def curves(panel: Panel, runs: list[Run]) -> dict | None:
     """A panel as a figure; None where no run has its metrics."""
     figure, axes = _canvas()
-    key, hover, several = [], [], len(runs) > 1
+    key: list[dict] = []
+    hover: list[dict] = []
+    several = len(runs) > 1
     lines = [(label, metric) for label, metric in panel.curves.items() if any(run.series(metric)[0] for run in runs)]
     for i, run in enumerate(runs):
         floor = np.zeros(1)
@@ -129,7 +132,7 @@ def held_out(runs: list[Run]) -> dict | None:
     )
 
 
-def _line(axes: Axes, steps: list[int], values: list[float], colour: str, dash="-") -> None:
+def _line(axes: Axes, steps: list[int], values: list[float], colour: str, dash: Dash = "-") -> None:
     """A curve; of a long one a running mean, with the values themselves faint behind it."""
     if len(steps) < SMOOTH_FROM:
         axes.plot(steps, values, color=colour, linestyle=dash, marker="o" if len(steps) < 4 else None, markersize=3.5)
@@ -243,7 +246,7 @@ def _histogram(
     run: Run, of: str, name: str, steps: np.ndarray, scores: np.ndarray, right: np.ndarray, limits: tuple[float, float]
 ) -> dict:
     figure, axes = _canvas()
-    edges = np.linspace(limits[0], limits[1] if limits[1] > limits[0] else limits[0] + 1, 25)
+    edges = np.linspace(limits[0], limits[1] if limits[1] > limits[0] else limits[0] + 1, 25).tolist()
     for verdict, colour in ((False, WRONG), (True, RIGHT)):
         part = scores[right == verdict]
         if len(part):

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from src.errors import InputError
 
 FIXED = {  # what a resumed run cannot change, and why
@@ -97,3 +99,12 @@ def file_hash(data: str | None) -> str | None:
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """A hash by which a model is known again: names, shapes and 256 evenly spaced values of every parameter."""
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        values = weight.flatten()[:: max(1, weight.numel() // 256)].float().cpu().numpy()
+        digest.update(f"{name} {tuple(weight.shape)}".encode() + values.tobytes())
+    return digest.hexdigest()

@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -86,7 +87,7 @@ class AceRewardModel:
             for buffer in self.model.buffers():  # rotary frequencies: a few kilobytes
                 buffer.data = buffer.data.to(self.device)
         else:
-            self.model.to(self.device)
+            self.model.to(self.device)  # type: ignore[arg-type]  # wrapped such that its type takes the model for an argument
         self.system = [{"role": "system", "content": system_prompt}] if system_prompt else []
         try:
             self.encode("question", "response")
@@ -229,7 +230,7 @@ def encode_conversation(
     return tuple(ids), excess > 0
 
 
-def load_classifier(model_name: str, dtype: torch.dtype, load_in_8bit: bool) -> tuple[PreTrainedModel, AutoTokenizer]:
+def load_classifier(model_name: str, dtype: torch.dtype, load_in_8bit: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A sequence classifier with one label and its tokenizer, on the CPU.
 
     Raises:
@@ -254,7 +255,7 @@ def load_classifier(model_name: str, dtype: torch.dtype, load_in_8bit: bool) -> 
     return model, tokenizer
 
 
-def int8_config():
+def int8_config() -> BitsAndBytesConfig:
     """For from_pretrained: linear layers in int8 (LLM.int8(), arXiv:2208.07339), the score head left as it is.
 
     Raises:
@@ -263,8 +264,6 @@ def int8_config():
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise InputError(f"--reward-model-8bit: needs bitsandbytes, which is not installed; run: {INT8_INSTALL}")
-    from transformers import BitsAndBytesConfig
-
     return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["score"])
 
 
@@ -282,6 +281,7 @@ class RewardModelChoice:
     failed: bool = False  # it was wanted, but cannot be had
 
     def where(self) -> str:
+        assert self.device is not None
         places = {"device": self.device.type, "cpu": "cpu", "offload": f"{self.device.type} while it scores"}
         return places[self.placement] + (", int8" if self.load_in_8bit else "")
 
@@ -290,6 +290,7 @@ class RewardModelChoice:
         return replace(plan, reward_weights=self.weights, reward_placement=self.placement)
 
     def load(self) -> AceRewardModel:
+        assert self.name is not None and self.device is not None
         return AceRewardModel(
             self.name, self.device, self.dtype, system_prompt_for(self.name),
             offload=self.placement == "offload", load_in_8bit=self.load_in_8bit,

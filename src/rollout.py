@@ -3,15 +3,20 @@
 How a batch is cut changes no completion: each draws the random numbers that it would draw in the whole batch.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from transformers import PreTrainedModel
 
 from src import parallel
-from src.sampler import Samples, sample
+from src.sampler import Samples, Sampling, sample
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # Python 3.10 has none of its own
 
 T = TypeVar("T")
 
@@ -47,7 +52,7 @@ def roll_out(
     at_once: int,
     *,
     generator: torch.Generator,
-    **sampling,
+    **sampling: Unpack[Sampling],
 ) -> tuple[Samples, int]:
     """Sample `group_size` completions of each of Q prompts; see `sampler.sample` for what else there is to say.
 
@@ -95,7 +100,7 @@ def batches(prompt_ids: list[list[int]], mine: slice, group_size: int, at_once: 
 
 def on(samples: Samples, device: torch.device) -> Samples:
     """The same on another device."""
-    moved = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in vars(samples).items()}
+    moved: dict[str, Any] = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in vars(samples).items()}
     return Samples(**moved)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from src.errors import InputError
+from src.math_verifier import Verdict
 from src.sampler import Samples
 
 FILES = ("metrics.jsonl", "rollouts.jsonl")  # one line a step, one line a completion
@@ -221,7 +222,7 @@ def choose_folder(output: str, run_name: str | None) -> Path:
 class Scores:
     """Every part of the rewards of B completions; tensors are (B,) float32 on the CPU."""
 
-    verdicts: list[dict]  # from the verifier
+    verdicts: list[Verdict]
     rule_rewards: torch.Tensor  # 1 = right, 0 = anything else
     rm_scores: torch.Tensor  # raw
     rm_clamped: torch.Tensor  # bool, the score was outside the warmup's bounds

@@ -5,6 +5,7 @@ its group, then all completions of the step decode in one batch, which finished 
 """
 
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,6 +26,22 @@ class Samples:
     log_probs: torch.Tensor  # (B, T-1) float32, nats, under the tempered distribution; 0 outside the mask
     finished: torch.Tensor  # (B,) bool, ended with a stop token; otherwise cut off by a length limit
     completion_ids: list[list[int]]  # B, stop token included
+
+
+class Limits(TypedDict):
+    """Where completions end; see `sample`."""
+
+    max_length: int
+    max_new_tokens: int | None
+    stop_ids: list[int]
+    pad_id: int
+
+
+class Sampling(Limits):
+    """Where completions end, and what they are drawn from; see `sample`."""
+
+    temperature: float
+    top_p: float
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ class StopSignals:
     Outside of the main thread, where Python does not allow it, nothing is taken.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.received: int | None = None
         self._abandons = False
         self._before = {}

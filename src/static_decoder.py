@@ -36,7 +36,7 @@ def fits(model: PreTrainedModel) -> bool:
 
 @functools.lru_cache
 def _can_compile() -> bool:
-    from torch._inductor.utils import has_triton  # what torch.compile itself asks on a GPU
+    from torch.utils._triton import has_triton  # what torch.compile itself asks on a GPU
 
     return has_triton()
 
@@ -61,10 +61,12 @@ class StaticDecoder:
     def prefill(self, prompt_ids: list[list[int]], group_size: int, pad_id: int) -> torch.Tensor:
         from src.decoder import read_prompts
 
-        read, logits, mask = read_prompts(self.model(), prompt_ids, pad_id)
+        model = self.model()
+        assert model is not None  # whoever samples holds it
+        read, logits, mask = read_prompts(model, prompt_ids, pad_id)
         self.cache.reset()
-        for own, layer in zip(self.cache.layers, read.layers, strict=True):
-            own.update(*(x.repeat_interleave(group_size, 0) for x in (layer.keys, layer.values)))
+        for layer, (keys, values, _) in enumerate(read):
+            self.cache.update(keys.repeat_interleave(group_size, 0), values.repeat_interleave(group_size, 0), layer)
         mask = mask.repeat_interleave(group_size, 0)  # (B, P)
         # (B, columns): what is not left-hand padding; columns that are not filled yet lie behind the last.
         self.real = torch.cat([mask.bool(), mask.new_ones(self.rows, self.columns - mask.shape[1]).bool()], dim=1)
@@ -86,19 +88,22 @@ class StaticDecoder:
     def _compile(self, arguments: tuple[torch.Tensor, ...]) -> None:
         print(f"Compiling the decode step for {self.rows} rows of {self.columns} tokens (a minute, once)...", flush=True)
         self._step = torch.compile(self._forward, mode="reduce-overhead", dynamic=False, fullgraph=True)
-        lengths = [layer.cumulative_length.clone() for layer in self.cache.layers]
+        # transformers declares the numbers that all caches have, and counts in a tensor here.
+        filled: list[torch.Tensor] = [layer.cumulative_length for layer in self.cache.layers]  # type: ignore[misc, union-attr]
+        lengths = [length.clone() for length in filled]
         try:
             self._step(*arguments)
         except Exception as error:  # whatever the compiler of the day raises: the step is slower without it, not wrong
             print(f"warning: the decode step could not be compiled, so it goes on without ({type(error).__name__})", flush=True)
             self._step = self._forward
-        for layer, length in zip(self.cache.layers, lengths, strict=True):  # the step proper writes the same column again
-            layer.cumulative_length.copy_(length)
+        for now, before in zip(filled, lengths, strict=True):  # the step proper writes the same column again
+            now.copy_(before)
         self.compiled = True
 
     def _forward(self, token: torch.Tensor, positions: torch.Tensor, real: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
         seen = real & (self.column <= last)  # (B, columns)
         model = self.model()
+        assert model is not None
         blocked = torch.finfo(model.dtype).min
         mask = torch.zeros(seen.shape, dtype=model.dtype, device=seen.device).masked_fill(~seen, blocked)[:, None, None]
         out = model(

@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import weakref
+from typing import Protocol
 
 ITEM_SECONDS = 3.0
 START_SECONDS = 60.0  # to import sympy, on a machine that is busy with something else
@@ -72,6 +73,7 @@ class SymbolicWorker:
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is for the trainer to answer
         )
+        assert self._process.stdin is not None
         os.set_blocking(self._process.stdin.fileno(), False)
         self._owner, self._ready, self._buffer = os.getpid(), False, b""
         self._end = weakref.finalize(self, _end_process, self._process, self._owner)  # at exit at the latest
@@ -106,6 +108,7 @@ class SymbolicWorker:
             return Outcome.BROKE_LIMIT
 
     def _exchange(self, question: bytes, deadline: float) -> bytes | None:
+        assert self._process is not None and self._process.stdin is not None
         try:
             os.write(self._process.stdin.fileno(), question)  # at most a few kB: a pipe holds 64
         except OSError:
@@ -113,6 +116,7 @@ class SymbolicWorker:
         return self._read_line(min(deadline, time.monotonic() + self.item_seconds))
 
     def _read_line(self, deadline: float) -> bytes | None:
+        assert self._process is not None and self._process.stdout is not None
         descriptor = self._process.stdout.fileno()
         poll = select.poll()  # select.select fails on descriptors above 1,023
         poll.register(descriptor, select.POLLIN | select.POLLHUP)
@@ -131,15 +135,19 @@ class SymbolicWorker:
 def _end_process(process: subprocess.Popen, owner: int) -> None:
     if os.getpid() == owner:
         process.kill()
-    for pipe in (process.stdin, process.stdout):
+    for pipe in filter(None, (process.stdin, process.stdout)):
         with contextlib.suppress(OSError):
             pipe.close()
     if os.getpid() == owner:
         process.wait()  # no zombie
 
 
-def renew_lock_after_fork(owner: object) -> None:
-    """Give an object with a `_lock` a new one in every fork: another thread may hold the old one there for ever."""
+class HasLock(Protocol):
+    _lock: threading.Lock
+
+
+def renew_lock_after_fork(owner: HasLock) -> None:
+    """Give an object a new lock in every fork: another thread may hold the old one there for ever."""
     reference = weakref.ref(owner)
 
     def renew() -> None:

@@ -6,6 +6,7 @@ They get the numbers of metrics.jsonl by the same names; that file stays the sou
 import contextlib
 import importlib.util
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -21,7 +22,7 @@ INSTALL = {  # what to say where a tracker's package is missing
 PROJECT = "hybrid-grpo"  # where none is named
 
 
-def chosen_trackers(tracker: list[str] | None, wandb_project: str | None) -> list[str]:
+def chosen_trackers(tracker: Sequence[str] | None, wandb_project: str | None) -> list[str]:
     """Each of --tracker once, and wandb where --wandb-project is given.
 
     >>> chosen_trackers(["tensorboard", "wandb"], "project"), chosen_trackers(None, None)

@@ -6,7 +6,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -197,7 +197,7 @@ def hyperparameters_in(config: Path) -> dict:
 
 def served_reward_model(
     h: dict, rm_api: str, rm_model: str | None, *, rm_address: str | None, rm_gpus: int, min_rm: float, max_rm: float
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """The reward model that a server has, where it is and its bounds, as settings of `hybrid_overrides`.
 
     Raises:

@@ -133,18 +133,19 @@ async def compute_score(
         none). rm_failed: 1.0 if there is none. rm_retries. verl logs all of them for its validation set.
     """
     question = extra_info["question"]
-    verdict = asyncio.to_thread(_verifier(verifier_method).verify, question, solution_str, ground_truth)
+    judging = asyncio.to_thread(_verifier(verifier_method).verify, question, solution_str, ground_truth)
     if rm_api == "none":
-        right, answer = (await verdict)["correct"], RewardModelAnswer(0.0, 0, "")
+        verdict, answer = await judging, RewardModelAnswer(0.0, 0, "")
     else:
-        tokenizer = reward_model_tokenizer or load_tokenizer(rm_model)
         address = rm_address or reward_router_address
+        assert address is not None and rm_model is not None  # `check_config` has seen to it
+        tokenizer = reward_model_tokenizer or load_tokenizer(rm_model)
         scored = reward_model_score(
             tokenizer, question, solution_str, address=address, rm_api=rm_api, rm_model=rm_model, rm_max_length=rm_max_length,
             rm_timeout_s=rm_timeout_s, rm_deadline_s=rm_deadline_s,
         )  # fmt: skip
-        verdict, answer = await asyncio.gather(verdict, scored)
-        right = verdict["correct"]
+        verdict, answer = await asyncio.gather(judging, scored)
+    right = verdict["correct"]
     failed = math.isnan(answer.score)
     if failed:
         print(f"warning: no reward-model score after {answer.retries} retries: {answer.reason}", file=sys.stderr, flush=True)

@@ -1,5 +1,7 @@
 """The fast decoder against the general one, which is the model's own forward, on every kind of model that it takes."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -208,3 +210,12 @@ def test_sampling_with_the_decoder_for_gpus_gives_the_same(policy, monkeypatch):
         torch.testing.assert_close(static.log_probs, expected.log_probs, atol=1e-5, rtol=0)
     (decoders,) = [static_decoder._decoders[policy]]
     assert len(decoders) == 1
+
+
+def test_whether_a_model_on_a_gpu_can_be_compiled_is_found_out(policy):
+    """Asked without a GPU too: torch has moved the function that knows, and every run on a GPU would have ended there."""
+    from src import static_decoder
+
+    on_gpu = SimpleNamespace(device=torch.device("cuda"), config=policy.config)
+    assert static_decoder.fits(on_gpu) == torch.utils._triton.has_triton()
+    assert not static_decoder.fits(policy)

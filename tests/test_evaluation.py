@@ -131,7 +131,7 @@ def test_completions_are_judged_strictly_and_leniently_and_kept_beside_their_que
     with MathVerifier() as verifier:
         answered = evaluation.answer(
             None, None, verifier, ["What is 5 + 3?", "What is 12 - 7?", "What is 6 * 4?"], ["8", "5", "24"], [[1]] * 3, 2, 4,
-            done.append,
+            done.append, generator=None,
         )  # fmt: skip
         assert verifier.metrics()["verifier/fast"] == 0  # the counts are the training's
     assert done == [4, 2]

