@@ -38,24 +38,21 @@ Where this departs from the GRPO paper (arXiv:2402.03300):
 import functools
 import inspect
 import io
-import json
 import math
 import os
 import signal
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import transformers
 import tyro
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from jinja2 import TemplateError
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from src import console, kernels, models, parallel
 from src.checkpoint import Checkpoints, Progress, find_checkpoint, read_progress, save_model, set_aside_later
@@ -63,10 +60,12 @@ from src.errors import InputError, TrainingError
 from src.evaluation import Evaluated, answer, answer_metrics, describe, evaluate_policy, report_evaluation
 from src.grpo import compute_advantages, kl_estimate, policy_loss, token_weights
 from src.hybrid_reward import RunningMean, hybrid_rewards
+from src.hyperparameters import check_hyperparameters, check_processes
 from src.logprobs import completion_log_probs, micro_batches
-from src.math_verifier import MathVerifier, ground_truth_of
+from src.math_verifier import MathVerifier
 from src.memory import ModelSize, Plan, bound_product_cache, check_fits, free_memory, keep_freed_memory, measure
 from src.patient_stream import PatientStream
+from src.problems import Problem, check_answers, encode_prompts, read_prompts, texts_of
 from src.report import renew_report
 from src.resume import changes, file_hash, fingerprint, named_flags, read_config, resumable
 from src.reward_model import AceRewardModel, RewardModelChoice, choose_reward_model
@@ -75,7 +74,7 @@ from src.run_log import RunLog, Scores, choose_folder, completion_metrics, rewar
 from src.sampler import Limits, Samples, Sampling, decode, sample
 from src.signals import Stopped, StopSignals
 from src.speed import speed_metrics
-from src.trackers import check_trackers, chosen_trackers, log_completions, start_trackers
+from src.trackers import chosen_trackers, log_completions, start_trackers
 
 # Shapes: Q questions a step, G completions a question, B = Q x G completions, T tokens of the longest sequence.
 
@@ -527,308 +526,6 @@ def main(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Input
-
-
-def check_hyperparameters(**h: Any) -> None:
-    """Refuse what cannot work, before anything loads. Takes main()'s parameters by name."""
-
-    def refuse(name: str, rule: str) -> None:
-        raise InputError(f"--{name.replace('_', '-')} {h[name]}: {rule}")
-
-    at_least = dict(
-        epochs=1, train_batch_size=1, micro_batch_size=1, epochs_per_step=1, rollouts_per_step=1, max_length=2,
-        warmup_samples=1, checkpoint_interval=1, keep_checkpoints=0, eval_interval=0, eval_samples=0, seed=0, lora_rank=0,
-        max_skipped_updates=1, sample_interval=0,
-    )  # fmt: skip
-    for name, least in at_least.items():
-        if h[name] < least:
-            refuse(name, f"must be at least {least}")
-    for name in ("max_steps", "max_new_tokens"):
-        if h[name] is not None and h[name] < 1:
-            refuse(name, "must be at least 1; leave it out for no limit")
-    if h["group_size"] < 2:
-        refuse("group_size", "must be at least 2: an advantage compares the completions of a group")
-    for name in ("lr", "max_norm", "eps", "temperature"):
-        if not 0 < h[name] < math.inf:
-            way_out = "; for greedy answers see --eval-data" if name == "temperature" else ""
-            refuse(name, f"must be a finite number above 0{way_out}")
-    for name in ("weight_decay", "kl_weight", "alpha", "beta", "w_min", "w_max", "k"):
-        if not 0 <= h[name] < math.inf:
-            refuse(name, "must be a finite number, 0 or more")
-    if h["seed"] >= 2**32:
-        refuse("seed", "must be below 2**32")
-    if h["eval_interval"] and not h["eval_data"]:
-        refuse("eval_interval", "needs --eval-data, the problems to evaluate on")
-    if h["eval_only"] and not h["eval_data"]:
-        raise InputError("--eval-only: needs --eval-data, the problems to evaluate on")
-    if h["eval_only"] and h["resume"]:
-        refuse("resume", "does not go with --eval-only; name the checkpoint to evaluate with --model-name")
-    if h["eval_against"] and not h["eval_only"]:
-        refuse("eval_against", "needs --eval-only, which compares it with --model-name")
-    if not 0 < h["top_p"] <= 1:
-        refuse("top_p", "must be above 0 and at most 1 (1 = sample from all tokens)")
-    if not 0 < h["clip_eps"] < 1:
-        refuse("clip_eps", "must be between 0 and 1, for example 0.2")
-    if h["w_min"] > h["w_max"]:
-        refuse("w_min", f"must not be above --w-max {h['w_max']}")
-    batch = h["rollouts_per_step"] * h["group_size"]
-    if batch % h["train_batch_size"]:
-        refuse(
-            "train_batch_size",
-            f"must divide --rollouts-per-step {h['rollouts_per_step']} x --group-size {h['group_size']} = {batch} completions; "
-            f"for example {math.gcd(batch, h['train_batch_size'])}",
-        )
-    if h["reward_model_8bit"] and h["reward_model_device"] == "offload":
-        refuse("reward_model_device", "does not go with --reward-model-8bit; int8 halves the memory, offload frees it in turns")
-    if h["alpha"] + h["beta"] > 1:
-        print(
-            f"warning: --alpha {h['alpha']} + --beta {h['beta']} is above 1, so the bands overlap and a wrong answer can earn "
-            "more than a right one; keep the sum at 1 or below",
-            flush=True,
-        )
-    if not h["eval_only"]:
-        check_trackers(chosen_trackers(h["tracker"], h["wandb_project"]))
-
-
-def check_processes(processes: int, rollouts_per_step: int) -> None:
-    """Refuse a number of processes among which the questions of a step cannot be shared out evenly.
-
-    Raises:
-        InputError: It is such a number.
-    """
-    if rollouts_per_step % processes:
-        raise InputError(
-            f"--rollouts-per-step {rollouts_per_step}: must be a multiple of the {processes} processes; each samples whole groups"
-        )
-
-
-def check_resumed(had: Progress, has: Progress, changed: dict[str, list], total_steps: int, resume: str) -> None:
-    """Refuse to go on with other models or another number of problems than before, unless they are named anew.
-
-    What the data files hold has been compared by then, see `src/resume.py`.
-
-    Args:
-        had: From the checkpoint.
-        has: As the run would begin now.
-        changed: Hyperparameters that are not as before.
-
-    Raises:
-        InputError: Something differs.
-    """
-    if total_steps < had.step:
-        raise InputError(f"--resume {resume}: the run has done {had.step} steps and is to have {total_steps}; raise --max-steps")
-    if had.model != has.model and "model_name" not in changed:
-        raise InputError(f"--resume {resume}: the model has changed since the run began; put the old one back")
-    if had.problems != has.problems and "data" not in changed:
-        raise InputError(
-            f"--resume {resume}: the data has {has.problems} problems and had {had.problems}; name it again with --data"
-        )
-    if had.reward_model != has.reward_model and not {"reward_model_name", "reward_mode"} & set(changed):
-        raise InputError(
-            f"--resume {resume}: the run had the reward model {had.reward_model or 'none'} and would go on with "
-            f"{has.reward_model or 'none'}; see above why, or name another with --reward-model-name"
-        )
-
-
-@dataclass
-class Problem:
-    question: str
-    answer: str  # the ground truth; a GSM8K solution is reduced to what follows its ####
-    source: str  # where it stands, for messages
-
-
-def texts_of(problems: list[Problem]) -> tuple[list[str], list[str]]:
-    """Their questions, and their answers."""
-    return [p.question for p in problems], [p.answer for p in problems]
-
-
-def read_prompts(data: str, flag: str) -> list[Problem]:
-    """Read problems from a JSONL file or, as hf:NAME[:CONFIG[:SPLIT]], a data set of the Hugging Face hub.
-
-    Raises:
-        InputError: No such file or data set, a line that is not a JSON object, a record without question or answer, no
-            record at all.
-    """
-    if data.startswith("hf:"):
-        records = [(f"{data}, row {i}", row) for i, row in enumerate(load_hub_data(data, flag), start=1)]
-    else:
-        try:
-            lines = Path(data).read_text(encoding="utf-8-sig").split("\n")  # not splitlines: JSON strings may hold U+2028
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise InputError(
-                f"{flag} {data}: cannot be read ({reason}); give a JSONL file of {{'question', 'answer'}} records"
-            ) from None
-        records = []
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    records.append((f"{data}, line {number}", json.loads(line)))
-                except (ValueError, RecursionError) as error:  # not JSON, or more digits or brackets than Python reads
-                    raise InputError(
-                        f"{data}, line {number}: not JSON ({error}); each line must be one {{'question', 'answer'}} object"
-                    ) from None
-    problems = []
-    for source, record in records:
-        values = [record.get(key) if isinstance(record, dict) else None for key in ("question", "answer")]
-        for key, value in zip(("question", "answer"), values, strict=True):
-            if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
-                raise InputError(f"{source}: no {key!r}; each record must have a question and an answer, both text or numbers")
-        truth = ground_truth_of(str(values[1]))
-        if not truth:
-            raise InputError(f"{source}: nothing follows the #### of the answer; put the final answer behind it")
-        problems.append(Problem(str(values[0]), truth, source))
-    if not problems:
-        raise InputError(f"{flag} {data}: no problems in it; it must have at least one {{'question', 'answer'}} record")
-    return problems
-
-
-def check_answers(verifier: MathVerifier, problems: list[Problem]) -> None:
-    """Refuse problems whose answer no completion could ever equal.
-
-    Raises:
-        InputError: There is one.
-    """
-    reasons = verifier.prepare([p.answer for p in problems])
-    for problem, reason in zip(problems, reasons, strict=True):
-        if reason:
-            raise InputError(f"{problem.source}: its answer {problem.answer[:80]!r} cannot be compared with any: {reason}")
-
-
-def load_hub_data(data: str, flag: str) -> list[dict]:
-    """Rows of hf:NAME[:CONFIG[:SPLIT]]; the config named "main" where there are several and none is given; split train."""
-    import datasets
-
-    parts = data.removeprefix("hf:").split(":")
-    if len(parts) > 3 or not parts[0]:
-        raise InputError(f"{flag} {data}: must be hf:NAME[:CONFIG[:SPLIT]], for example hf:openai/gsm8k:main:train")
-    name, config, split = parts + [""] * (3 - len(parts))
-    try:
-        try:
-            rows = datasets.load_dataset(name, config or None, split=split or "train")
-        except ValueError as error:
-            if config or "Config name is missing" not in str(error):
-                raise
-            rows = datasets.load_dataset(name, "main", split=split or "train")
-    except Exception as error:  # datasets raises whatever its storage backend of the day raises
-        raise InputError(
-            f"{flag} {data}: could not be loaded ({type(error).__name__}: {error}); check the name and the network, "
-            "or give a JSONL file"
-        ) from None
-    return list(rows)
-
-
-def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, problems: list[Problem], system_prompt: str | None, max_length: int
-) -> list[list[int]]:
-    """Token ids of each question in the policy's chat template, ready for its answer.
-
-    Raises:
-        InputError: A prompt leaves no room for a completion.
-    """
-    head = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    encoded = []
-    for problem in problems:
-        messages = [*head, {"role": "user", "content": problem.question}]
-        try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
-            raise InputError(f"the model's chat template refuses the conversation ({error}); leave --system-prompt out") from None
-        ids = tokenizer.encode(text, add_special_tokens=False)  # the template has written the special tokens
-        if len(ids) >= max_length:
-            raise InputError(
-                f"{problem.source}: the prompt has {len(ids)} tokens, which leaves no room within --max-length {max_length}; "
-                "raise it or remove the problem"
-            )
-        encoded.append(ids)
-    return encoded
-
-
-def load_skeleton(model_name: str, flag: str, dtype: torch.dtype, max_length: int) -> PreTrainedModel:
-    """The policy without its weights.
-
-    Raises:
-        InputError: It cannot be found, or has fewer positions than `max_length`.
-    """
-    skeleton = models.skeleton(models.resolve(model_name, flag), AutoModelForCausalLM, dtype, f"{flag} {model_name}")
-    positions = getattr(skeleton.config, "max_position_embeddings", max_length)
-    if max_length > positions:
-        raise InputError(f"--max-length {max_length}: must be at most the {positions} positions of {model_name}")
-    return skeleton
-
-
-def plan_memory(
-    skeleton: PreTrainedModel,
-    prompt_ids: list[list[int]],
-    model_name: str,
-    reward_model_name: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    reward_model_device: str,
-    reward_model_8bit: bool,
-    reward_mode: str,
-    lora_rank: int,
-    kl_weight: float,
-    completions: int,
-    group_size: int,
-    micro_batch_size: int,
-    gradient_checkpointing: bool,
-    max_length: int,
-    max_new_tokens: int | None,
-) -> RewardModelChoice:
-    """Choose the reward model and where it goes, print what the run will take, and refuse what cannot fit.
-
-    Raises:
-        InputError: It cannot fit, or a placement of the reward model was asked for that cannot be.
-    """
-    if lora_rank:
-        models.add_lora(skeleton, lora_rank)
-    longest, shortest = max(map(len, prompt_ids)), min(map(len, prompt_ids))
-    plan = Plan(
-        measure(skeleton), device.type, completions, group_size, micro_batch_size, prompt_length=longest,
-        completion_length=min(max_new_tokens or max_length, max_length - shortest), reference=kl_weight > 0 and not lora_rank,
-        gradient_checkpointing=gradient_checkpointing,
-    )  # fmt: skip
-    free, host_free = free_memory(device), free_memory(torch.device("cpu"))
-    if reward_mode == "verifier":
-        choice = RewardModelChoice(None, "--reward-mode verifier")
-    else:
-        choice = choose_reward_model(
-            reward_model_name, reward_model_device, reward_model_8bit, model_name, plan, device, dtype, free, host_free
-        )
-    if reward_mode == "rm" and choice.name is None:
-        raise InputError(f"--reward-mode rm: there is no reward model ({choice.why}); name one with --reward-model-name")
-    plan = replace(plan, reward_weights=choice.weights, reward_placement=choice.placement)
-    eight_bit = choice.weights / 2 if choice.name not in (None, models.EMBEDDED) and not choice.load_in_8bit else 0.0
-
-    def with_lora() -> ModelSize:
-        models.add_lora(skeleton, 16)
-        return measure(skeleton)
-
-    check_fits(plan, free, with_lora, eight_bit)
-    return choice
-
-
-def load_reward_model(choice: RewardModelChoice) -> AceRewardModel | None:
-    """The reward model, or None for a run on the verifier alone; one line says which and why."""
-    if choice.failed:
-        print(f"warning: no reward model, the verifier alone decides: {choice.why}", flush=True)
-        return None
-    if choice.name is None:
-        console.say(f"reward model: none, the verifier alone decides ({choice.why})")
-        return None
-    try:
-        reward_model = choice.load()
-    except (InputError, RuntimeError) as error:  # no memory for it, above all
-        print(f"warning: no reward model, the verifier alone decides: {error}", flush=True)
-        return None
-    console.say(f"reward model: {choice.name} on {choice.where()} ({choice.why})")
-    return reward_model
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Rollout and score
 
 
@@ -1064,6 +761,121 @@ def share_moved(before: list[tuple[torch.Tensor, torch.Tensor]], after: list[tup
         with_gradient += int((gradient != 0).sum())
         moved += int(((gradient != 0) & (old != new)).sum())
     return moved / max(with_gradient, 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Set up
+
+
+def check_resumed(had: Progress, has: Progress, changed: dict[str, list], total_steps: int, resume: str) -> None:
+    """Refuse to go on with other models or another number of problems than before, unless they are named anew.
+
+    What the data files hold has been compared by then, see `src/resume.py`.
+
+    Args:
+        had: From the checkpoint.
+        has: As the run would begin now.
+        changed: Hyperparameters that are not as before.
+
+    Raises:
+        InputError: Something differs.
+    """
+    if total_steps < had.step:
+        raise InputError(f"--resume {resume}: the run has done {had.step} steps and is to have {total_steps}; raise --max-steps")
+    if had.model != has.model and "model_name" not in changed:
+        raise InputError(f"--resume {resume}: the model has changed since the run began; put the old one back")
+    if had.problems != has.problems and "data" not in changed:
+        raise InputError(
+            f"--resume {resume}: the data has {has.problems} problems and had {had.problems}; name it again with --data"
+        )
+    if had.reward_model != has.reward_model and not {"reward_model_name", "reward_mode"} & set(changed):
+        raise InputError(
+            f"--resume {resume}: the run had the reward model {had.reward_model or 'none'} and would go on with "
+            f"{has.reward_model or 'none'}; see above why, or name another with --reward-model-name"
+        )
+
+
+def load_skeleton(model_name: str, flag: str, dtype: torch.dtype, max_length: int) -> PreTrainedModel:
+    """The policy without its weights.
+
+    Raises:
+        InputError: It cannot be found, or has fewer positions than `max_length`.
+    """
+    skeleton = models.skeleton(models.resolve(model_name, flag), AutoModelForCausalLM, dtype, f"{flag} {model_name}")
+    positions = getattr(skeleton.config, "max_position_embeddings", max_length)
+    if max_length > positions:
+        raise InputError(f"--max-length {max_length}: must be at most the {positions} positions of {model_name}")
+    return skeleton
+
+
+def plan_memory(
+    skeleton: PreTrainedModel,
+    prompt_ids: list[list[int]],
+    model_name: str,
+    reward_model_name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    reward_model_device: str,
+    reward_model_8bit: bool,
+    reward_mode: str,
+    lora_rank: int,
+    kl_weight: float,
+    completions: int,
+    group_size: int,
+    micro_batch_size: int,
+    gradient_checkpointing: bool,
+    max_length: int,
+    max_new_tokens: int | None,
+) -> RewardModelChoice:
+    """Choose the reward model and where it goes, print what the run will take, and refuse what cannot fit.
+
+    Raises:
+        InputError: It cannot fit, or a placement of the reward model was asked for that cannot be.
+    """
+    if lora_rank:
+        models.add_lora(skeleton, lora_rank)
+    longest, shortest = max(map(len, prompt_ids)), min(map(len, prompt_ids))
+    plan = Plan(
+        measure(skeleton), device.type, completions, group_size, micro_batch_size, prompt_length=longest,
+        completion_length=min(max_new_tokens or max_length, max_length - shortest), reference=kl_weight > 0 and not lora_rank,
+        gradient_checkpointing=gradient_checkpointing,
+    )  # fmt: skip
+    free, host_free = free_memory(device), free_memory(torch.device("cpu"))
+    if reward_mode == "verifier":
+        choice = RewardModelChoice(None, "--reward-mode verifier")
+    else:
+        choice = choose_reward_model(
+            reward_model_name, reward_model_device, reward_model_8bit, model_name, plan, device, dtype, free, host_free
+        )
+    if reward_mode == "rm" and choice.name is None:
+        raise InputError(f"--reward-mode rm: there is no reward model ({choice.why}); name one with --reward-model-name")
+    plan = choice.added_to(plan)
+    eight_bit = choice.weights / 2 if choice.name not in (None, models.EMBEDDED) and not choice.load_in_8bit else 0.0
+
+    def with_lora() -> ModelSize:
+        models.add_lora(skeleton, 16)
+        return measure(skeleton)
+
+    check_fits(plan, free, with_lora, eight_bit)
+    return choice
+
+
+def load_reward_model(choice: RewardModelChoice) -> AceRewardModel | None:
+    """The reward model, or None for a run on the verifier alone; one line says which and why."""
+    if choice.failed:
+        print(f"warning: no reward model, the verifier alone decides: {choice.why}", flush=True)
+        return None
+    if choice.name is None:
+        console.say(f"reward model: none, the verifier alone decides ({choice.why})")
+        return None
+    try:
+        reward_model = choice.load()
+    except (InputError, RuntimeError) as error:  # no memory for it, above all
+        print(f"warning: no reward model, the verifier alone decides: {error}", flush=True)
+        return None
+    console.say(f"reward model: {choice.name} on {choice.where()} ({choice.why})")
+    return reward_model
 
 
 # ----------------------------------------------------------------------------------------------------------------------
