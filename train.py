@@ -379,7 +379,7 @@ def main(
     if max_steps and total_steps < max_steps:
         console.say(f"that is less than --max-steps {max_steps}: --epochs {epochs} x {steps_per_epoch} steps come first")
     at_once = rollouts_per_step * group_size  # completions, as far as memory allows
-    before = checkpoints.snapshot(progress)  # what a step that is broken off goes back to
+    resume_point = checkpoints.snapshot(progress)  # the state between steps, to which a step that is broken off goes back
     stop = StopSignals()
     started = time.perf_counter()
     console.start(total_steps, "step", progress.step)
@@ -440,7 +440,7 @@ def main(
             console.say_rollouts(questions, answers, scores, group_size, step)
 
             # Update: clipped policy-gradient steps over minibatches of train_batch_size completions. What has changed up to here
-            # `before` brings back, should a signal break off the step; from here on a signal waits for its end.
+            # `resume_point` brings back, should a signal break off the step; from here on a signal waits for its end.
             stop.hold()
             console.phase("update")
             phase_started = time.perf_counter()
@@ -485,11 +485,11 @@ def main(
             console.say_step(step, total_steps, metrics)
             console.advance(tokens_per_s=metrics["time/tokens_per_s"])
             progress.step = step + 1
-            before = checkpoints.snapshot(progress)
+            resume_point = checkpoints.snapshot(progress)
             give_up = progress.skipped_in_a_row >= max_skipped_updates
             if progress.step % checkpoint_interval == 0 or progress.step == total_steps or give_up:
                 console.phase("save")
-                saved = checkpoints.save(before)
+                saved = checkpoints.save(resume_point)
                 if saved:
                     console.say(f"saved {saved}")
                 if accelerator.is_main_process:
@@ -505,9 +505,9 @@ def main(
         if accelerator.is_main_process and not checkpoints.has(total_steps):
             raise TrainingError(f"the last step is not saved; make room, then go on from {run.folder} with --resume")
     except Stopped:
-        print(f"stopped after {before.step} steps; go on with --resume {run.folder}", flush=True)
-        if not checkpoints.has(before.step):
-            checkpoints.save(before)
+        print(f"stopped after {resume_point.step} steps; go on with --resume {run.folder}", flush=True)
+        if not checkpoints.has(resume_point.step):
+            checkpoints.save(resume_point)
         raise
     finally:
         console.stop()
