@@ -119,7 +119,7 @@ def draw(results: Results, target: Path) -> None:
 
     groups = grouped(results)
     shown = [data for data in FILES if any(key[0] == data for key in groups)]
-    figure, axes = plt.subplots(1, len(shown), figsize=(5 * len(shown), 3.6), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(shown), figsize=(2 + 5 * len(shown), 3.6), layout="constrained", squeeze=False)
     for axis, data in zip(axes[0], shown, strict=True):
         for (_, method, scale), rows in ((key, rows) for key, rows in groups.items() if key[0] == data):
             at = list(METHODS).index(method) + 0.24 * (list(COLORS).index(scale) - 1)
@@ -131,8 +131,10 @@ def draw(results: Results, target: Path) -> None:
         axis.grid(axis="y", alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("held-out accuracy, %")
-    handles = [plt.Line2D([], [], color=color, lw=2.5, label=f"--advantage-scale {scale}") for scale, color in COLORS.items()]
-    figure.legend(handles=handles, frameon=False, fontsize=8, loc="outside lower center", ncols=len(COLORS))
+    handles = [plt.Line2D([], [], color=color, lw=2.5, label=scale) for scale, color in COLORS.items()]
+    figure.legend(
+        handles=handles, frameon=False, fontsize=8, loc="outside right upper", title="--advantage-scale", title_fontsize=8
+    )
     plt.rcParams["svg.hashsalt"] = "ablation"
     figure.savefig(target, metadata={"Date": None})
 
