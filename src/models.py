@@ -309,7 +309,6 @@ def _checkpointed(forward: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     return torch.utils.checkpoint.checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
-@torch.no_grad()
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     """The reference: a copy of the policy as it is now that takes no gradient."""
     frozen = copy.deepcopy(model).requires_grad_(False).eval()

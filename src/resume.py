@@ -105,6 +105,6 @@ def fingerprint(model: PreTrainedModel) -> str:
     """A hash by which a model is known again: names, shapes and 256 evenly spaced values of every parameter."""
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():
-        values = weight.flatten()[:: max(1, weight.numel() // 256)].float().cpu().numpy()
+        values = weight.flatten()[:: max(1, weight.numel() // 256)].detach().float().cpu().numpy()
         digest.update(f"{name} {tuple(weight.shape)}".encode() + values.tobytes())
     return digest.hexdigest()
