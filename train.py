@@ -463,7 +463,8 @@ def main(
             micro_batch_size = int(metrics["policy/micro_batch_size"])  # lower where memory ran out
             if metrics["policy/updates"]:
                 progress.skipped_in_a_row = 0
-            progress.skipped_in_a_row += 0 if metrics["policy/updates"] else int(metrics["policy/skipped_updates"])
+            else:
+                progress.skipped_in_a_row += int(metrics["policy/skipped_updates"])
 
             # Report and save
             metrics |= reward_metrics(scores, advantages, group_size) | completion_metrics(samples, scores)

@@ -43,7 +43,7 @@ LABELS = {"ours": "this project", "trl": "TRL"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The programs. Each writes curve.jsonl: steps done, minutes of training, held-out accuracy, and means of what came before.
+# The programs. Each writes curve.jsonl: steps done, minutes of training, held-out accuracy.
 
 
 def ours(folder: Path, seed: int, steps: int) -> None:
