@@ -6,7 +6,8 @@
     python tests/walk.py --only eval     those that contain a word, after those that set up
 
 Commands are the lines of ```bash blocks, and what begins with `python` or `bash` between backticks in the text; what is printed
-several times is run once. Exits with status 1 when one fails.
+several times is run once. Where a ```text block comes next, its commands must print its lines, with whatever numbers ("..." is
+anything). Exits with status 1 when a command fails or such a line is not printed.
 """
 
 import os
@@ -42,18 +43,31 @@ CLONE = "git clone <this repository> grpo && cd grpo"
 OWN = ("HF_", "PYTHON", "VIRTUAL_ENV", "XDG_", "WANDB_", "HYBRID_GRPO")  # variables that a newcomer does not have
 
 
-def commands() -> list[tuple[str, str]]:
-    """Of each command where it stands and its text, in reading order, each once."""
-    found: dict[str, tuple[str, str]] = {}
+def commands() -> list[tuple[str, str, list[str]]]:
+    """Of each command where it stands, its text, and the lines that its block prints; in reading order, each once.
+
+    The list of lines is one object for all commands of a block.
+    """
+    found: dict[str, tuple[str, str, list[str]]] = {}
+    block = r"^```bash\n(.*?)^```(?:(?:(?!^```).)*?^```text\n(.*?)^```)?"
     for document in DOCUMENTS:
         text = (ROOT / document).read_text()
-        for fenced, inline in re.findall(r"^```bash\n(.*?)^```|`((?:python|bash) [^`]+)`", text, re.MULTILINE | re.DOTALL):
+        for fenced, prints, inline in re.findall(block + r"|`((?:python|bash) [^`]+)`", text, re.MULTILINE | re.DOTALL):
             lines = re.sub(r"\\\n\s*", "", fenced).splitlines() if fenced else [" ".join(inline.split())]
+            printed = prints.splitlines()
             for line in lines:
                 command = re.sub(r"\s+#.*", "", line).strip()
                 if command and not command.startswith("#"):
-                    found.setdefault(command.removeprefix("bash setup.sh "), (document, command))
+                    found.setdefault(command.removeprefix("bash setup.sh "), (document, command, printed))
     return list(found.values())
+
+
+def is_printed(line: str, output: list[str]) -> bool:
+    """Whether a line of a document is among those of an output, numbers, dates and spaces aside."""
+    pattern = re.escape(line.strip())
+    for what, stands_for in ((r"\d(?:[\d.,]|\\\.)*", r"[\\d.,]+"), (r"(?:\\ )+", r"\\s+"), (r"\\\.\\\.\\\.", ".*")):
+        pattern = re.sub(what, stands_for, pattern)
+    return any(re.fullmatch(pattern, printed.strip()) for printed in output)
 
 
 def left_out(command: str, everything: bool) -> str | None:
@@ -78,20 +92,24 @@ def run(command: str, folder: Path, home: Path, activated: bool, log: Path) -> i
         ).returncode
 
 
-def main(everything: bool = False, show: bool = False, only: str = "") -> None:
+def main(everything: bool = False, show: bool = False, only: str = "", logs: Path | None = None) -> None:
     """Walk, and say how it went.
 
     Args:
         everything: Run what takes long, too.
         show: Print the commands alone.
         only: Run those that contain this, and those that set up.
+        logs: Folder to keep in what each of them prints.
     """
     failed = []
+    unprinted: dict[int, tuple[str, list[str]]] = {}  # by block: its last command, and lines not seen yet
+    if logs:
+        logs.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         home, folder = Path(temporary, "home"), Path(temporary, "grpo")
         home.mkdir()
         activated = False
-        for number, (document, command) in enumerate(commands()):
+        for number, (document, command, printed) in enumerate(commands()):
             sets_up = command == CLONE or command.startswith(("source", "bash setup.sh"))
             reason = None if command == CLONE else left_out(command, everything)
             if only and only not in command and not sets_up:
@@ -99,7 +117,7 @@ def main(everything: bool = False, show: bool = False, only: str = "") -> None:
             print(f"{document}: {command}" + (f"\n    not here: {reason}" if reason else ""), flush=True)
             if show or reason:
                 continue
-            started, log = time.time(), Path(temporary, f"{number}.log")
+            started, log = time.time(), (logs or Path(temporary)).resolve() / f"{number}.log"
             if command == CLONE:
                 status = run(f"git clone -q {ROOT} grpo", Path(temporary), home, False, log)
             else:
@@ -110,6 +128,12 @@ def main(everything: bool = False, show: bool = False, only: str = "") -> None:
             if status:
                 failed.append(command)
                 print("\n".join(f"    | {line}" for line in lines[-30:]), flush=True)
+            printed[:] = [line for line in printed if not is_printed(line, lines)]
+            unprinted[id(printed)] = command, printed
+    for command, missing in unprinted.values():
+        if missing:
+            failed.append(command)
+            print(f"not printed by {command}, nor by those above it:", *missing, sep="\n    | ")
     print(f"{len(failed)} failed" + "".join(f"\n    {command}" for command in failed))
     sys.exit(bool(failed))
 
