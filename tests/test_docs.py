@@ -54,3 +54,10 @@ def test_tests_that_are_named_exist(document):
     tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
     for name in re.findall(r"`(test_\w+)`", document.read_text()):
         assert f"def {name}(" in tests, name
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_paths_that_are_named_exist(document):
+    made = {"data/arithmetic_train.parquet", "data/arithmetic_test.parquet"}  # by commands of the documents
+    for path in set(re.findall(r"(?<![\w/.])(?:src|tests|benchmarks|docs|data)/[\w/.*-]*\w", document.read_text())) - made:
+        assert any(ROOT.glob(path)), path
