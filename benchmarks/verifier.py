@@ -1,4 +1,4 @@
-"""How long the verifier takes: python benchmarks/verifier.py [--json FILE]
+"""How long the verifier takes: python benchmarks/verifier.py [--json-file FILE]
 
 64 completions of the embedded model a batch (tests/generated_answers.jsonl), each batch by a new verifier with nothing in its
 cache; and the time until the process of the symbolic stage answers its first question.

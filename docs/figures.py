@@ -16,7 +16,7 @@ from src.hybrid_reward import clamp_scores, combine_hybrid_score, difficulty_wei
 # In float64, so that the files are the same to the last digit on every machine.
 HERE = Path(__file__).parent
 RIGHT, WRONG, GREY = "#0b6e4f", "#b3391f", "#777777"
-LOW, HIGH, EPS, ALPHA, BETA = -12.0, -1.0, 0.01, 0.5, 0.5  # bounds as the embedded reward model has them, train.py's defaults
+LOW, HIGH, EPS, ALPHA, BETA = -12.0, -1.0, 0.01, 0.5, 0.5  # bounds for the eye; the rest are train.py's defaults
 
 
 def bands() -> plt.Figure:

@@ -173,7 +173,7 @@ def environment() -> dict:
     return {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in VERSIONS_OF}},
         "git_commit": _git_commit(),
-        "machine": platform.platform(),
+        "machine": f"{platform.system()} {platform.machine()}",
         "started": datetime.now().isoformat(timespec="seconds"),
     }
 

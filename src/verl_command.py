@@ -204,6 +204,11 @@ def served_reward_model(
         InputError: No server could have it, or there is nothing known about it.
     """
     if h["reward_mode"] == "verifier" or rm_api == "none":
+        named = [name for name, value in (("model", rm_model), ("address", rm_address), ("gpus", rm_gpus)) if value]
+        if named:
+            raise InputError(
+                f"--rm-{named[0]}: no reward model has a part in this reward (--reward-mode verifier or --rm-api none)"
+            )
         return dict(rm_api="none", rm_address=None, rm_model=None, min_rm=0.0, max_rm=0.0)
     rm_model = rm_model or h["reward_model_name"]
     if rm_model in ("auto", "none", EMBEDDED):

@@ -5,13 +5,14 @@
     python tests/walk.py --everything    hours of benchmarks too
     python tests/walk.py --only eval     those that contain a word, after those that set up
 
-Commands are the lines of ```bash blocks, and what begins with `python` or `bash` between backticks in the text; what is printed
-several times is run once. Where a ```text block comes next, its commands must print its lines, with whatever numbers ("..." is
-anything). Exits with status 1 when a command fails or such a line is not printed.
+Commands are the lines of ```bash blocks, ```python blocks, and what begins with `python` or `bash` between backticks in the
+text; what is printed several times is run once. Where a ```text block comes next, its commands must print its lines, with whatever
+numbers ("..." is anything). Exits with status 1 when a command fails or such a line is not printed.
 """
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -49,11 +50,13 @@ def commands() -> list[tuple[str, str, list[str]]]:
     The list of lines is one object for all commands of a block.
     """
     found: dict[str, tuple[str, str, list[str]]] = {}
-    block = r"^```bash\n(.*?)^```(?:(?:(?!^```).)*?^```text\n(.*?)^```)?"
+    block = r"^```(bash|python)\n(.*?)^```(?:(?:(?!^```).)*?^```text\n(.*?)^```)?"
     for document in DOCUMENTS:
         text = (ROOT / document).read_text()
-        for fenced, prints, inline in re.findall(block + r"|`((?:python|bash) [^`]+)`", text, re.MULTILINE | re.DOTALL):
+        for language, fenced, prints, inline in re.findall(block + r"|`((?:python|bash) [^`]+)`", text, re.MULTILINE | re.DOTALL):
             lines = re.sub(r"\\\n\s*", "", fenced).splitlines() if fenced else [" ".join(inline.split())]
+            if language == "python":
+                lines = [f"python -c {shlex.quote(fenced)}"]
             printed = prints.splitlines()
             for line in lines:
                 command = re.sub(r"\s+#.*", "", line).strip()
