@@ -6,7 +6,7 @@
     python tests/walk.py --only eval     those that contain a word, after those that set up
 
 Commands are the lines of ```bash blocks, ```python blocks, and what begins with `python` or `bash` between backticks in the
-text; what is printed several times is run once. Where a ```text block comes next, its commands must print its lines, with whatever
+text; what is printed several times is run once. Where a ```text block comes next, its commands must print its lines, whatever the
 numbers ("..." is anything). Exits with status 1 when a command fails or such a line is not printed.
 """
 
