@@ -26,7 +26,7 @@ def test_one_step_of_the_embedded_model_from_the_command_line(tmp_path):
 
 @pytest.mark.slow
 def test_25_steps_double_the_held_out_accuracy(tmp_path):
-    """Half of the README's learning run; three seeds of it are in the README."""
+    """Half of the learning run in the README."""
     done = run_command(
         "train.py", "--model-name", "embedded", "--reward-model-name", "none", "--output", str(tmp_path), "--run-name", "run",
         "--data", "data/arithmetic_train.jsonl", "--eval-data", "data/arithmetic_test.jsonl", "--max-steps", "25",
