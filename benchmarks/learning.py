@@ -182,6 +182,7 @@ def draw(curves: dict[str, list[list[dict]]], target: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
     labels = {"step": f"steps of {Q} x {G} completions", "minutes": "minutes of training, two CPU cores"}
@@ -192,6 +193,7 @@ def draw(curves: dict[str, list[list[dict]]], target: Path) -> None:
             mean = mean_curve(of_seeds)
             axis.plot([p[key] for p in mean], [100 * p["accuracy"] for p in mean], color=COLORS[name], lw=2.2, label=LABELS[name])
         axis.set_xlabel(label)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("held-out accuracy, %")
