@@ -26,6 +26,13 @@ def test_the_figures_are_what_the_script_draws(tmp_path, monkeypatch):
         assert text == (ROOT / "docs" / name).read_text(), f"{name}: run python docs/figures.py"
 
 
+def test_the_table_of_memory_is_what_the_budget_says(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import memory
+
+    assert memory.table() in (ROOT / "README.md").read_text(), "run python benchmarks/memory.py"
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_links_lead_somewhere(document):
     for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
