@@ -19,6 +19,7 @@ from itertools import product
 from pathlib import Path
 from typing import Literal
 
+import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
@@ -166,7 +167,7 @@ def main(
     """
     writing = threading.Lock()
     results: Results = json.loads(result.read_text()) if result.exists() else {}
-    threads = max(1, (os.cpu_count() or 1) // at_once)
+    threads = max(1, torch.get_num_threads() // at_once)
 
     def one(seed: int, of_data: str, scale: str, method: str) -> None:
         of_steps = steps or STEPS[of_data]
