@@ -100,7 +100,7 @@ def answer(
 
 
 def answer_metrics(answered: Answered, method: str) -> dict[str, float]:
-    """The eval/... metrics of greedy answers; the README has a line on each.
+    """The eval/... metrics of greedy answers; docs/metrics.md has a line on each.
 
     Args:
         method: That the verifier judges by in training: "flexible" or "strict". It decides eval/accuracy.

@@ -1,6 +1,6 @@
 """Train a tiny random model for 300 steps with faults at random, and watch what the process holds.
 
-    python tests/soak.py                    about a minute on a CPU
+    python tests/soak.py                    a few minutes on a CPU
     python tests/soak.py --steps 1000 --seed 3
 
 Exits with status 1 if memory grows by 5 % or more after step 50, if a process, thread or open file is left at the end, if a step

@@ -51,8 +51,8 @@ def test_wrong_answers(verifier, row):
 @pytest.mark.parametrize(
     ("file", "category", "count"),
     [
-        ("generated_answers", None, 200),  # completions of SmolLM2-135M-Instruct in training, labelled by reading
-        ("labelled_answers", "numeric", 336),  # written and labelled without sight of the verifier, in three rounds
+        ("generated_answers", None, 200),  # completions of SmolLM2-135M-Instruct in training, labelled by hand
+        ("labelled_answers", "numeric", 336),  # written and labelled before the verifier saw them, in three rounds
         ("labelled_answers", "chat", 350),
         ("labelled_answers", "symbolic", 264),
     ],
