@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -31,6 +32,7 @@ def _run(flags: list[str], output: Path, inject: Callable | None) -> None:
     import train
 
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background of a shell ignores it
     if inject:
         inject()
     sys.argv = ["train.py", *flags]
