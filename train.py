@@ -25,7 +25,7 @@ and take clipped policy-gradient steps on all sampled tokens. In formulas, with 
 Where this departs from the GRPO paper (arXiv:2402.03300):
 
 1. The reward is HERO's (arXiv:2510.07242): the verdict opens a band, the reward model's score is the place in it, and the
-   whole is weighted by the question's difficulty.
+   whole is weighted by the question's difficulty (with the sigmoid scorer).
 2. Centred rewards are divided by the std of the whole batch, not of their own group: a group with a single verdict differs
    by reward-model noise alone, which its own std would blow up (`--advantage-scale group` is the paper's).
 3. Every token of an optimizer step counts the same, whichever completion it is in (`--loss-normalizer sequence` is the paper's).
@@ -67,7 +67,7 @@ from src.memory import ModelSize, Plan, bound_product_cache, check_fits, free_me
 from src.patient_stream import PatientStream
 from src.problems import Problem, check_answers, encode_prompts, read_prompts, texts_of
 from src.report import renew_report
-from src.resume import changes, file_hash, fingerprint, named_flags, read_config, resumable
+from src.resume import changes, file_hash, fingerprint, has_other_problems, named_flags, read_config, resumable
 from src.reward_model import AceRewardModel, RewardModelChoice, choose_reward_model
 from src.rollout import fit_memory, roll_out
 from src.run_log import RunLog, Scores, choose_folder, completion_metrics, reward_metrics, rollout_rows
@@ -158,26 +158,26 @@ def main(
         lora_rank: Rank of a LoRA adapter in every linear layer but the head, which is then all that is trained; 0 trains
             every weight. It wants a learning rate of about ten times as much.
         data: Problems to train on: a JSONL file of {"question", "answer"}, or hf:NAME[:CONFIG[:SPLIT]] for a data set.
-        epochs: Passes over the problems, reshuffled each time.
+        epochs: Passes over the problems, reshuffled each time; those left over that do not fill a step are skipped.
         max_steps: Stop after this many steps, if the epochs have not ended before.
         lr: Learning rate of AdamW.
         lr_schedule: constant, or linear: from lr in the first step down to 0 after the last.
         weight_decay: Decoupled weight decay of AdamW.
-        train_batch_size: Completions per optimizer step; divides rollouts_per_step x group_size. As many as group_size make
-            an optimizer step of one question, which is the default.
+        train_batch_size: Completions per optimizer step; divides rollouts_per_step x group_size. Where it equals group_size, as
+            by default, an optimizer step is one question.
         micro_batch_size: Completions per forward and backward pass; changes memory and speed, not the result.
         gradient_checkpointing: Keep only what goes into each layer, compute the rest again: less memory, a slower update.
         epochs_per_step: Passes of the optimizer over the completions of a step.
         kl_weight: Weight of the KL divergence to the model as it was loaded; 0 keeps no reference model.
         clip_eps: Half-width of the interval around 1 to which the policy ratio is clipped.
-        max_norm: Gradients are scaled down to this norm.
+        max_norm: Gradients are scaled down to this norm where theirs is larger.
         max_skipped_updates: An optimizer step whose loss or gradient is not finite is skipped. Stop, with the state saved, when
-            so many were skipped since the last step in which one was taken.
-        advantage_scale: Divide centred rewards by the std of the batch, of their group (the GRPO paper), or by nothing
-            (Dr. GRPO).
+            this many have been skipped in consecutive steps of which none took any.
+        advantage_scale: Divide centred rewards by the std of all completions of the step (batch), of their group (the GRPO
+            paper), or by nothing (Dr. GRPO).
         loss_normalizer: What counts the same: each token (DAPO), each completion (the GRPO paper), or each token over a
             constant length (Dr. GRPO).
-        seed: Of the order of the problems and of the samples.
+        seed: Of all that is random: the order of the problems, the samples, the order of updates.
         rollouts_per_step: Questions per step.
         group_size: Completions per question, at least 2.
         max_length: Tokens of prompt + completion at most.
@@ -195,14 +195,15 @@ def main(
         alpha: Half-width of the band of wrong answers.
         beta: Half-width of the band of right answers.
         eps: Keeps the normalised reward-model score finite where the bounds are equal.
-        w_min: Lowest weight.
+        w_min: Lowest weight of the sigmoid; weight of the tanh where r_hat is 0.
         w_max: Highest weight.
         k: Slope of the sigmoid weight, per unit of reward-model score.
         warmup_samples: Completions that set the bounds of the reward model's scores before training.
         output: Folder of all runs; git-ignored.
         run_name: Name of this run's folder in output; by default the time of day.
         checkpoint_interval: Steps between checkpoints; there is one at the end as well.
-        keep_checkpoints: Checkpoints to keep, the newest ones; 0 keeps all. The newest two can be resumed from.
+        keep_checkpoints: Checkpoints to keep, the newest ones; 0 keeps all. The newest two can be resumed from, the others are
+            models alone.
         resume: A run's folder to go on from its newest whole checkpoint, or one step_<k> of it. The other hyperparameters are
             then the run's own, in its config.json; one that is given as well replaces the run's from there on.
         eval_data: Held-out problems, in the same form as data, answered greedily before the first step and at the end.
@@ -212,7 +213,7 @@ def main(
         eval_against: A second model for eval_only, compared with the first question by question.
         tracker: Where metrics go besides metrics.jsonl: wandb (WANDB_MODE=offline needs no account), tensorboard, trackio, or
             several of them.
-        wandb_project: Project to log to in Weights & Biases, which it implies, and in trackio; by default hybrid-grpo.
+        wandb_project: Project in Weights & Biases (naming one switches it on) or trackio; by default hybrid-grpo.
         sample_interval: Print three completions with their rewards every so many steps, and log all of them to Weights & Biases
             as a table; 0 = never.
         quiet: Print warnings and the result alone.
@@ -223,7 +224,8 @@ def main(
 
     Raises:
         InputError: A value that cannot work, before any training.
-        Stopped: SIGTERM or Ctrl-C; a KeyboardInterrupt. The run is saved as it was before the step that it broke off.
+        Stopped: SIGTERM or Ctrl-C; a KeyboardInterrupt. A step whose update has begun is finished, an earlier one dropped, and
+            the run saved as it then is.
         TrainingError: The training cannot go on.
     """
     hyperparameters = dict(locals())
@@ -254,7 +256,7 @@ def main(
     run_device = accelerator.device
     if device not in ("auto", run_device.type):
         raise InputError(
-            f"--device {device}: accelerate already works on {run_device.type} in this Python process; start a new one"
+            f"--device {device}: accelerate works on {run_device.type}; if it was set up in this Python process, start a new one"
         )
     if run_device.type == "cpu":
         keep_freed_memory()
@@ -312,10 +314,10 @@ def main(
 
     console.say("Loading reward model and math verifier...")
     reward_model = load_reward_model(reward_choice)
-    if reward_mode == "rm" and reward_model is None:
-        raise InputError("--reward-mode rm: the reward model could not be loaded, see above")
     if len(set(parallel.gather([reward_model is None]))) > 1:
         raise InputError("--reward-model-name: not every process has room for the reward model; see --reward-model-device")
+    if reward_mode == "rm" and reward_model is None:
+        raise InputError("--reward-mode rm: the reward model could not be loaded, see above")
 
     # The run: a new one, or one that goes on from a checkpoint
     steps_per_epoch = len(problems) // rollouts_per_step
@@ -323,9 +325,11 @@ def main(
     progress = Progress(
         problems=len(problems), model=model_fingerprint, reward_model=reward_choice.name if reward_model else None
     )
-    changed = changes(read_config(folder)["hyperparameters"], hyperparameters) if resume else {}
+    had = read_config(folder) if resume else {}
+    changed = changes(had["hyperparameters"], hyperparameters) if resume else {}
+    other_problems = bool(resume) and has_other_problems(had, data)
     if resume and checkpoint:
-        check_resumed(read_progress(checkpoint), progress, changed, total_steps, resume)
+        check_resumed(read_progress(checkpoint), progress, changed, other_problems, total_steps, resume)
     config = {
         "hyperparameters": resolved | {"total_steps": total_steps},
         "data_sha256": {"data": file_hash(data), "eval_data": file_hash(eval_data)},
@@ -336,9 +340,11 @@ def main(
     checkpoints = Checkpoints(run, adapter or policy, tokenizer, master, optimizer, generators, keep_checkpoints)
     warmed_up = False
     if checkpoint:
-        with_now, progress = progress.reward_model, checkpoints.load(checkpoint)
-        warmed_up = progress.reward_model == with_now  # the bounds are for one reward model
-        progress.reward_model = with_now
+        now, progress = progress, checkpoints.load(checkpoint)
+        warmed_up = progress.reward_model == now.reward_model  # the bounds are for one reward model
+        progress.adapt(now, other_problems)
+        if progress.skipped_in_a_row >= max_skipped_updates:
+            progress.skipped_in_a_row = 0  # the run gave up; it is to have as many tries again
     if resume:
         set_aside_later(run, progress.step)
         run.go_on(progress.step, progress.written, changed, config)
@@ -407,7 +413,7 @@ def main(
                 break
 
             step_started = time.perf_counter()
-            # Which questions: passes over the problems in random order, each without what does not fill a step.
+            # Which questions: the next Q of a random order of the problems, and of a new one when fewer are left.
             if len(progress.order) < rollouts_per_step:
                 progress.order = torch.randperm(len(problems), generator=order_generator).tolist()
             chosen, progress.order = progress.order[:rollouts_per_step], progress.order[rollouts_per_step:]
@@ -439,8 +445,8 @@ def main(
                 warn_of_unread_answers(verifier_metrics, completions, verifier_method)
             console.say_rollouts(questions, answers, scores, group_size, step)
 
-            # Update: clipped policy-gradient steps over minibatches of train_batch_size completions. What has changed up to here
-            # `resume_point` brings back, should a signal break off the step; from here on a signal waits for its end.
+            # Update: clipped policy-gradient steps over minibatches of train_batch_size completions. A signal up to here drops
+            # the step and goes back to `resume_point`; from here on it waits for the step's end.
             stop.hold()
             console.phase("update")
             phase_started = time.perf_counter()
@@ -459,7 +465,7 @@ def main(
                 temperature=temperature, kl_weight=kl_weight, clip_eps=clip_eps, max_norm=max_norm,
                 loss_normalizer=loss_normalizer, max_completion_length=max_new_tokens or max_length,
             )  # fmt: skip
-            update_s = time.perf_counter() - phase_started  # the reference's part in it
+            update_s = time.perf_counter() - phase_started  # includes reference_s
             micro_batch_size = int(metrics["policy/micro_batch_size"])  # lower where memory ran out
             if metrics["policy/updates"]:
                 progress.skipped_in_a_row = 0
@@ -531,7 +537,7 @@ def main(
 
 
 def warn_of_unread_answers(verifier_metrics: dict[str, float], completions: list[str], method: str) -> None:
-    """Say so where the verifier found no final answer in any completion: all would be wrong, and nothing learned."""
+    """Say so where the verifier found no final answer in any completion: it would call all of them wrong."""
     if verifier_metrics["verifier/extracted_frac"] == 0:
         wanted = "an <answer>, \\boxed{} or ####" if method == "strict" else "a final answer"
         print(
@@ -562,7 +568,7 @@ def score(
     k: float,
     sigma_bar: RunningMean,
 ) -> Scores:
-    """Judge and score B completions; takes this step's sigma_u into `sigma_bar`, then weights by it.
+    """Judge and score B completions; takes this step's sigma_u into the mean `sigma_bar`, then weights by the new mean.
 
     sigma_u is the std (n - 1) of the group's scores after they are held within the bounds, in units of the reward model.
     A completion that the reward model fails on gets a neutral score, halfway between the bounds. One that the verifier fails on
@@ -595,7 +601,7 @@ def count_failures(reward_model: AceRewardModel | None, progress: Progress) -> N
 
 
 def neutral_where_unjudged(rewards: torch.Tensor, judged: torch.Tensor, group_size: int) -> torch.Tensor:
-    """Rewards (B,) in which a completion without a verdict has the mean of the others of its group; 0 where there is no other."""
+    """Rewards (B,) in which a completion without a verdict has the mean of the judged ones of its group; 0 if none was."""
     if judged.all():
         return rewards
     groups, judged = rewards.view(-1, group_size), judged.view(-1, group_size)  # (Q, G)
@@ -669,7 +675,7 @@ def update(
 
 
 def warn_of_skipped_updates(grad_norms: list[float], failed: set[int]) -> None:
-    """Say which completions had a loss or gradient that is not finite."""
+    """Name the completions whose loss was not finite; where only the gradient was, all of their optimizer step."""
     skipped = sum(not math.isfinite(g) for g in grad_norms)
     if skipped:
         print(
@@ -680,7 +686,9 @@ def warn_of_skipped_updates(grad_norms: list[float], failed: set[int]) -> None:
 
 
 def update_metrics(totals: dict[str, float], tokens: int, grad_norms: list[float], samples: Samples) -> dict[str, float]:
-    """Means over the optimizer steps that were taken, and over the tokens of all."""
+    """loss and grad_norm: means over the optimizer steps taken; kl and clip_frac: over their tokens; sampler_gap: over those of
+    the first of them; entropy: over all that were sampled.
+    """
     finite = [g for g in grad_norms if math.isfinite(g)]
     return {
         "policy/loss": totals["loss"] / max(len(finite), 1),
@@ -756,7 +764,7 @@ def reference_log_probs(
 
 
 def share_moved(before: list[tuple[torch.Tensor, torch.Tensor]], after: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
-    """Share of the sampled weights with a gradient that an optimizer step changed."""
+    """Of some of the weights, the share of those with a gradient that an optimizer step changed."""
     moved = with_gradient = 0
     for (old, gradient), (new, _) in zip(before, after, strict=True):
         with_gradient += int((gradient != 0).sum())
@@ -768,7 +776,9 @@ def share_moved(before: list[tuple[torch.Tensor, torch.Tensor]], after: list[tup
 # Set up
 
 
-def check_resumed(had: Progress, has: Progress, changed: dict[str, list], total_steps: int, resume: str) -> None:
+def check_resumed(
+    had: Progress, has: Progress, changed: dict[str, list], other_problems: bool, total_steps: int, resume: str
+) -> None:
     """Refuse to go on with other models or another number of problems than before, unless they are named anew.
 
     What the data files hold has been compared by then, see `src/resume.py`.
@@ -777,17 +787,23 @@ def check_resumed(had: Progress, has: Progress, changed: dict[str, list], total_
         had: From the checkpoint.
         has: As the run would begin now.
         changed: Hyperparameters that are not as before.
+        other_problems: Whether the data is another than before, and was named.
+        total_steps: Of the run as it is to be.
+        resume: The flag's value.
 
     Raises:
         InputError: Something differs.
     """
     if total_steps < had.step:
-        raise InputError(f"--resume {resume}: the run has done {had.step} steps and is to have {total_steps}; raise --max-steps")
+        raise InputError(
+            f"--resume {resume}: the run has done {had.step} steps and is to have {total_steps}; raise --max-steps or --epochs"
+        )
     if had.model != has.model and "model_name" not in changed:
         raise InputError(f"--resume {resume}: the model has changed since the run began; put the old one back")
-    if had.problems != has.problems and "data" not in changed:
+    if had.problems != has.problems and not other_problems:  # of the hub: a file's content has been compared
         raise InputError(
-            f"--resume {resume}: the data has {has.problems} problems and had {had.problems}; name it again with --data"
+            f"--resume {resume}: the data set has {has.problems} problems and had {had.problems}; save the old ones to a file "
+            "and name it with --data"
         )
     if had.reward_model != has.reward_model and not {"reward_model_name", "reward_mode"} & set(changed):
         raise InputError(

@@ -66,6 +66,14 @@ class Progress:
     written: dict[str, int] = field(default_factory=dict)  # bytes of the run's files
     randomness: dict[str, torch.Tensor] = field(default_factory=dict)  # states of all other random generators
 
+    def adapt(self, now: Progress, other_problems: bool) -> None:
+        """Let go of what belonged to another reward model or to other problems than those of `now`."""
+        if self.reward_model != now.reward_model:  # both are in its units
+            self.min_rm, self.max_rm, self.sigma_bar = 0.0, 0.0, RunningMean()
+        if other_problems:  # it counts into the old ones
+            self.order = []
+        self.problems, self.model, self.reward_model = now.problems, now.model, now.reward_model
+
     def to_json(self) -> str:
         return json.dumps({k: v for k, v in asdict(self).items() if k != "randomness"}, indent=1) + "\n"
 

@@ -92,6 +92,12 @@ def changes(saved: dict[str, Any], settings: dict[str, Any]) -> dict[str, list]:
     return {k: [saved[k], v] for k, v in settings.items() if k in saved and k not in MAY_DIFFER and saved[k] != v}
 
 
+def has_other_problems(config: dict, data: str) -> bool:
+    """Whether `data` holds other problems than the run of a config.json had: by content, of a hub's data set by name."""
+    before, now = config.get("data_sha256", {}).get("data"), file_hash(data)
+    return before != now if before and now else config["hyperparameters"]["data"] != data
+
+
 def file_hash(data: str | None) -> str | None:
     """SHA-256 of a data file; None where there is no such file, as for a data set of the hub."""
     return hashlib.sha256(Path(data).read_bytes()).hexdigest() if data and Path(data).is_file() else None

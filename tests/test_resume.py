@@ -238,6 +238,27 @@ def test_a_data_file_that_has_changed_is_refused_unless_it_is_named_again(tiny, 
     assert len(metrics_of(run)) == 3
 
 
+def test_a_run_goes_on_with_fewer_problems_and_then_without_naming_them(tiny, tmp_path):
+    """What is left of an epoch counts into the old problems: it would lie outside of the new ones."""
+    data = tmp_path / "data.jsonl"
+    shutil.copy(tiny["data"], data)
+    run = train.main(**tiny | dict(data=str(data)))
+    data.write_text("".join(data.read_text().splitlines(keepends=True)[:3]))
+    train.main(resume=str(run), max_steps=4, epochs=4, data=str(data))
+    train.main(resume=str(run), max_steps=5, epochs=5)
+    asked = {row["question"] for row in rollouts_of(run) if row["step"] >= 2}
+    assert len(metrics_of(run)) == 5 and asked <= {json.loads(line)["question"] for line in data.read_text().splitlines()}
+
+
+def test_a_run_that_goes_on_without_its_reward_model_has_the_rewards_of_the_verifier_alone(tiny, reward_model_folder):
+    run = train.main(**tiny | dict(reward_model_name=str(reward_model_folder)))
+    assert json.loads((run / "step_2/training_state/state.json").read_text())["sigma_bar"]["count"] > 0
+    train.main(resume=str(run), max_steps=3, reward_model_name="none")
+    after = [row for row in rollouts_of(run) if row["step"] == 2]
+    assert {row["r_hat"] for row in after} <= {-0.5, 0.5} and metrics_of(run)[2]["reward/sigma_bar"] == 0
+    assert metrics_of(run)[1]["reward/rm_max"] != metrics_of(run)[2]["reward/rm_max"] == 0
+
+
 def test_a_model_or_reward_model_that_has_changed_is_refused(tiny, policy_folder, reward_model_folder, tmp_path):
     model, reward_model = tmp_path / "model", tmp_path / "reward-model"
     shutil.copytree(policy_folder, model)

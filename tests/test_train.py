@@ -231,6 +231,16 @@ def test_completions_in_which_nothing_can_be_read_earn_a_warning_before_the_seco
         assert warnings[0] < next(i for i, line in enumerate(lines) if line.startswith("training for"))
 
 
+def test_a_tanh_weight_below_0_earns_a_warning(tiny, capsys):
+    """tanh(-0.8^3) = -0.4716, so the weight of r_hat = -0.8 is 0.5 - 1.5 x 0.4716."""
+    with pytest.raises(InputError):  # after the warning, and before anything loads
+        train.main(**tiny | dict(reward_scorer="tanh", alpha=0.8, beta=0.2, data="nowhere.jsonl"))
+    assert "the worst answers have the negative weight -0.21" in capsys.readouterr().out
+    with pytest.raises(InputError):
+        train.main(**tiny | dict(reward_scorer="tanh", alpha=0.7, beta=0.3, data="nowhere.jsonl"))
+    assert "negative weight" not in capsys.readouterr().out
+
+
 def test_overlapping_bands_earn_a_warning(tiny, capsys):
     train.main(**tiny | dict(alpha=0.8, beta=0.5, max_steps=1))
     assert "bands overlap" in capsys.readouterr().out
