@@ -149,7 +149,7 @@ def main(
         model_name: The policy: a Hugging Face name, a local folder, or "embedded" (SmolLM2-135M-Instruct, no hub needed).
         reward_model_name: The reward model: a Hugging Face name, a local folder, "embedded" (a judge of answers to arithmetic,
             no hub needed), "none" (the verifier alone), or "auto" (the embedded one beside the embedded policy, AceMath-7B-RM
-            where a GPU has room for it, otherwise none).
+            beside others where a GPU, or by turns with the host, has room for it, otherwise none).
         reward_model_device: Where the reward model is: cuda, cpu (computed there, slowly), offload (in the host's memory, on
             the GPU only while scoring), or auto: the first of cuda, offload and cpu that has room.
         reward_model_8bit: Hold the reward model's linear layers in int8: half the memory of bfloat16. Needs bitsandbytes.
@@ -388,9 +388,10 @@ def main(
     resume_point = checkpoints.snapshot(progress)  # the state between steps, to which a step that is broken off goes back
     stop = StopSignals()
     started = time.perf_counter()
-    console.start(total_steps, "step", progress.step)
+    first_step = progress.step
+    console.start(total_steps, "step", first_step)
     try:
-        for step in range(progress.step, total_steps + 1):
+        for step in range(first_step, total_steps + 1):
             stop.begin_step()
             metrics: dict[str, float] = {}
 
@@ -528,7 +529,8 @@ def main(
         console.say_summary(run.folder)
     accuracies = [f"{100 * accuracy:.1f} %" for accuracy in progress.accuracies]
     change = f"; held-out accuracy {accuracies[0]} -> {accuracies[-1]}" if accuracies else ""
-    print(f"done: {total_steps} steps in {minutes:.1f} minutes on {run_device.type}{change}; see {run.folder}", flush=True)
+    last = f", the last {total_steps - first_step}" if 0 < first_step < total_steps else ""
+    print(f"done: {total_steps} steps{last} in {minutes:.1f} minutes on {run_device.type}{change}; see {run.folder}", flush=True)
     return run.folder
 
 
@@ -926,6 +928,9 @@ def evaluate_only(
 
     Returns:
         The folder.
+
+    Raises:
+        InputError: A model cannot be loaded, a prompt does not fit, or there are several processes.
     """
     if parallel.processes() > 1:
         raise InputError("--eval-only: evaluates in one process; start it with python train.py")
@@ -951,6 +956,7 @@ def evaluate_only(
                     stop_ids=stop_ids, pad_id=stop_ids[0],
                 )
             )  # fmt: skip
+            del policy  # before the next one loads
     finally:
         console.stop()
         verifier.close()

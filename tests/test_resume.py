@@ -238,13 +238,14 @@ def test_a_data_file_that_has_changed_is_refused_unless_it_is_named_again(tiny, 
     assert len(metrics_of(run)) == 3
 
 
-def test_a_run_goes_on_with_fewer_problems_and_then_without_naming_them(tiny, tmp_path):
+def test_a_run_goes_on_with_fewer_problems_and_then_without_naming_them(tiny, tmp_path, capsys):
     """What is left of an epoch counts into the old problems: it would lie outside of the new ones."""
     data = tmp_path / "data.jsonl"
     shutil.copy(tiny["data"], data)
     run = train.main(**tiny | dict(data=str(data)))
     data.write_text("".join(data.read_text().splitlines(keepends=True)[:3]))
     train.main(resume=str(run), max_steps=4, epochs=4, data=str(data))
+    assert "done: 4 steps, the last 2 in " in capsys.readouterr().out
     train.main(resume=str(run), max_steps=5, epochs=5)
     asked = {row["question"] for row in rollouts_of(run) if row["step"] >= 2}
     assert len(metrics_of(run)) == 5 and asked <= {json.loads(line)["question"] for line in data.read_text().splitlines()}
