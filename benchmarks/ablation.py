@@ -129,6 +129,7 @@ def draw(results: Results, target: Path) -> None:
             axis.plot([at] * len(last), last, "o", color=COLORS[scale], ms=4, alpha=0.6)
             axis.hlines(statistics.mean(last), at - 0.1, at + 0.1, color=COLORS[scale], lw=2.5)
         axis.set_xticks(range(len(METHODS)), METHODS)
+        axis.set_xlim(-0.5, len(METHODS) - 0.5)
         axis.set_title(f"{data} arithmetic", fontsize=10)
         axis.grid(axis="y", alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
