@@ -67,8 +67,8 @@ def check_hyperparameters(**h: Any) -> None:
     lowest = h["w_min"] + (h["w_max"] - h["w_min"]) * math.tanh(-(h["alpha"] ** 3))
     if h["reward_scorer"] == "tanh" and h["reward_mode"] == "hybrid" and lowest < 0:
         print(
-            f"warning: --reward-scorer tanh --alpha {h['alpha']}: the worst answers have the negative weight {lowest:.2f}, so they "
-            "earn a positive reward; lower --alpha or raise --w-min",
+            f"warning: --reward-scorer tanh --alpha {h['alpha']}: the worst answers have the negative weight {lowest:.2f}, so "
+            "they earn a positive reward; lower --alpha or raise --w-min",
             flush=True,
         )
     if not h["eval_only"]:
