@@ -928,9 +928,6 @@ def evaluate_only(
 
     Returns:
         The folder.
-
-    Raises:
-        InputError: A model cannot be loaded, a prompt does not fit, or there are several processes.
     """
     if parallel.processes() > 1:
         raise InputError("--eval-only: evaluates in one process; start it with python train.py")

@@ -58,6 +58,13 @@ def check_hyperparameters(**h: Any) -> None:
         )
     if h["reward_model_8bit"] and h["reward_model_device"] == "offload":
         refuse("reward_model_device", "does not go with --reward-model-8bit; int8 halves the memory, offload frees it in turns")
+    warn_of_rewards(h)
+    if not h["eval_only"]:
+        check_trackers(chosen_trackers(h["tracker"], h["wandb_project"]))
+
+
+def warn_of_rewards(h: dict) -> None:
+    """Say so where a wrong answer can earn more than a right one, or a worse one more than a better one."""
     if h["alpha"] + h["beta"] > 1:
         print(
             f"warning: --alpha {h['alpha']} + --beta {h['beta']} is above 1, so the bands overlap and a wrong answer can earn "
@@ -71,8 +78,6 @@ def check_hyperparameters(**h: Any) -> None:
             "they earn a positive reward; lower --alpha or raise --w-min",
             flush=True,
         )
-    if not h["eval_only"]:
-        check_trackers(chosen_trackers(h["tracker"], h["wandb_project"]))
 
 
 def check_processes(processes: int, rollouts_per_step: int) -> None:
