@@ -75,8 +75,7 @@ def resumed_settings(main: Callable, given: dict[str, Any]) -> dict[str, Any]:
         if name in given and name in saved and given[name] != saved[name]:
             raise InputError(f"{_flag(name)} {given[name]}: cannot change in a resumed run (it has {saved[name]}): {why}")
     for name in FILES:
-        before, now = config.get("data_sha256", {}).get(name), file_hash(settings[name])
-        if name not in given and now and before and now != before:
+        if name not in given and _has_changed(config, name, settings[name]):
             raise InputError(
                 f"{_flag(name)} {settings[name]}: has changed since the run read it; put the old file back, or name it again "
                 f"({_flag(name)} {settings[name]}) to go on with it as it is"
@@ -94,8 +93,14 @@ def changes(saved: dict[str, Any], settings: dict[str, Any]) -> dict[str, list]:
 
 def has_other_problems(config: dict, data: str) -> bool:
     """Whether `data` holds other problems than the run of a config.json had: by content, of a hub's data set by name."""
-    before, now = config.get("data_sha256", {}).get("data"), file_hash(data)
-    return before != now if before and now else config["hyperparameters"]["data"] != data
+    changed = _has_changed(config, "data", data)
+    return config["hyperparameters"]["data"] != data if changed is None else changed
+
+
+def _has_changed(config: dict, name: str, path: str | None) -> bool | None:
+    """Whether a data file is not what a run has read under that hyperparameter; None where either is no file."""
+    before, now = config.get("data_sha256", {}).get(name), file_hash(path)
+    return before != now if before and now else None
 
 
 def file_hash(data: str | None) -> str | None:
