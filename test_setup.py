@@ -166,12 +166,13 @@ def check_embedded_package() -> str:
 
 def check_policy(model_name: str) -> str:
     from src import models
+    from src.master_weights import MasterWeights
     from src.sampler import sample
     from train import Problem, decode, encode_prompts
 
     device = run_device()
     policy, tokenizer = models.load_policy(model_name, device), models.load_tokenizer(model_name)
-    models.MasterWeights(policy, models.pick_dtype(device, "auto"))
+    MasterWeights(policy, models.pick_dtype(device, "auto"))
     prompt = encode_prompts(tokenizer, [Problem("What is 5 + 3?", "8", "")], None, 512)
     stop_ids = models.stop_token_ids(policy, tokenizer)
     samples = sample(

@@ -62,6 +62,7 @@ from src.grpo import compute_advantages, kl_estimate, policy_loss, token_weights
 from src.hybrid_reward import RunningMean, hybrid_rewards
 from src.hyperparameters import check_hyperparameters, check_processes
 from src.logprobs import completion_log_probs, micro_batches
+from src.master_weights import MasterWeights
 from src.math_verifier import MathVerifier
 from src.memory import ModelSize, Plan, bound_product_cache, check_fits, free_memory, keep_freed_memory, measure
 from src.patient_stream import PatientStream
@@ -301,7 +302,7 @@ def main(
     if adapter:
         trained = adapter.get_nb_trainable_parameters()[0]
         console.say(f"LoRA of rank {lora_rank}: {trained / 1e6:.2f} million weights are trained")
-    master = models.MasterWeights(policy, compute_dtype)
+    master = MasterWeights(policy, compute_dtype)
     reference = None
     if kl_weight > 0:  # with LoRA it is the policy itself with the adapter switched off
         reference = policy if adapter else models.frozen_copy(policy)
@@ -616,7 +617,7 @@ def neutral_where_unjudged(rewards: torch.Tensor, judged: torch.Tensor, group_si
 
 
 def update(
-    policy: PreTrainedModel, master: models.MasterWeights, optimizer: torch.optim.Optimizer, samples: Samples,
+    policy: PreTrainedModel, master: MasterWeights, optimizer: torch.optim.Optimizer, samples: Samples,
     advantages: torch.Tensor, ref_log_probs: torch.Tensor | None, group_size: int, generator: torch.Generator, *,
     train_batch_size: int, micro_batch_size: int, epochs_per_step: int, temperature: float, kl_weight: float, clip_eps: float,
     max_norm: float, loss_normalizer: str, max_completion_length: int,
@@ -707,7 +708,7 @@ def update_metrics(totals: dict[str, float], tokens: int, grad_norms: list[float
 
 def accumulate_gradients(
     policy: PreTrainedModel,
-    master: models.MasterWeights,
+    master: MasterWeights,
     samples: Samples,
     ref_log_probs: torch.Tensor | None,
     advantages: torch.Tensor,
@@ -944,7 +945,7 @@ def evaluate_only(
             at_random = f" and {n} times at temperature {temperature}" if n else ""
             console.say(f"Evaluating {name}: {len(problems)} questions, greedily{at_random}")
             policy = models.load_policy(name, device, flag).requires_grad_(False)
-            models.MasterWeights(policy, dtype)  # rounds it as training does; there is nothing to train
+            MasterWeights(policy, dtype)  # rounds it as training does; there is nothing to train
             stop_ids = models.stop_token_ids(policy, tokenizer)
             evaluated.append(
                 evaluate_policy(

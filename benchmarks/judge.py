@@ -21,6 +21,7 @@ import torch
 import train
 from data.make_judge import wrong_answer
 from src import models
+from src.master_weights import MasterWeights
 from src.math_verifier import MathVerifier
 from src.memory import keep_freed_memory
 from src.reward_model import AceRewardModel
@@ -56,7 +57,7 @@ def sampled(problems: list[train.Problem], count: int, group_size: int, seed: in
     """Right and wrong completions of the embedded policy, by the verifier, and the seconds that sampling 64 took."""
     device = torch.device("cpu")
     policy, tokenizer = models.load_policy("embedded", device), models.load_tokenizer("embedded")
-    models.MasterWeights(policy, models.pick_dtype(device, "auto"))
+    MasterWeights(policy, models.pick_dtype(device, "auto"))
     verifier, stop_ids = MathVerifier(), models.stop_token_ids(policy, tokenizer)
     ids = train.encode_prompts(tokenizer, problems, None, 512)
     generator = torch.Generator().manual_seed(seed)

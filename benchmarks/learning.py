@@ -101,12 +101,13 @@ def evaluator(verifier) -> Callable:
 
     from src import models
     from src.evaluation import answer, answer_metrics
+    from src.master_weights import MasterWeights
     from train import encode_prompts, read_prompts, texts_of
 
     tokenizer, test = models.load_tokenizer("embedded"), read_prompts(TEST, "--eval-data")
     prompt_ids = encode_prompts(tokenizer, test, None, 512)
     policy = models.load_policy("embedded", torch.device("cpu")).requires_grad_(False)
-    models.MasterWeights(policy, torch.bfloat16)  # rounds it as training does; there is nothing to train
+    MasterWeights(policy, torch.bfloat16)  # rounds it as training does; there is nothing to train
     stop_ids = models.stop_token_ids(policy, tokenizer)
 
     @torch.no_grad()

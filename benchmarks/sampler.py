@@ -23,6 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from step import in_turns  # noqa: E402
 
 from src import models  # noqa: E402
+from src.master_weights import MasterWeights  # noqa: E402
 from src.memory import keep_freed_memory  # noqa: E402
 from src.sampler import sample  # noqa: E402
 
@@ -109,7 +110,7 @@ def main(
     """
     keep_freed_memory()
     policy = models.load_policy(model, torch.device("cpu"))
-    models.MasterWeights(policy, torch.bfloat16)
+    MasterWeights(policy, torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
     table = Table("completions", "ours, s", "generate, s", "times", "ours, tokens/s", "ms a token step", "of the roofline")
     rows = []

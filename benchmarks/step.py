@@ -82,6 +82,7 @@ def ours(data: str, model: str, tokens: int):
     import train
     from src import models
     from src.grpo import compute_advantages
+    from src.master_weights import MasterWeights
     from src.math_verifier import MathVerifier
     from src.memory import bound_product_cache, keep_freed_memory
     from src.sampler import sample
@@ -90,7 +91,7 @@ def ours(data: str, model: str, tokens: int):
     bound_product_cache()
     device = torch.device("cpu")
     tokenizer, policy = models.load_tokenizer(model), models.load_policy(model, device)
-    master = models.MasterWeights(policy, torch.bfloat16)
+    master = MasterWeights(policy, torch.bfloat16)
     reference = models.frozen_copy(policy)
     optimizer = torch.optim.AdamW(master.parameters, lr=LR, weight_decay=0.0, fused=True)
     verifier, order = MathVerifier(), torch.Generator().manual_seed(0)

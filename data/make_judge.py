@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from data.make_arithmetic import WORDINGS
 from src import models
 from src.judge import JUDGE_FOLDER, answer_log_probs, judge_text
+from src.master_weights import MasterWeights
 from src.memory import keep_freed_memory
 
 HERE = Path(__file__).parent
@@ -154,7 +155,7 @@ def main(
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     adapter = models.add_lora(model, rank)  # lives in the model's layers
-    master = models.MasterWeights(model, models.pick_dtype(torch.device("cpu"), "auto"))
+    master = MasterWeights(model, models.pick_dtype(torch.device("cpu"), "auto"))
     optimizer = torch.optim.AdamW(master.parameters, lr=lr, weight_decay=0.0)
     warmup = 20
     schedule = torch.optim.lr_scheduler.LambdaLR(

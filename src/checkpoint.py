@@ -37,7 +37,7 @@ from src.hybrid_reward import RunningMean
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from src.models import MasterWeights
+    from src.master_weights import MasterWeights
     from src.run_log import RunLog
 
 RESUMABLE = 2  # checkpoints that keep their training state: the newest, and the one before in case it gets damaged

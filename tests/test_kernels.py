@@ -11,7 +11,7 @@ from transformers import Qwen2Config
 
 from src import kernels
 from src.logprobs import head_product
-from src.models import MasterWeights
+from src.master_weights import MasterWeights
 from tests.conftest import all_log_probs, make_policy
 from tests.test_decoder import SMALL, build
 from tests.test_sampler import run

@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from src import llama, logprobs, models
 from src.errors import InputError
 from src.logprobs import can_pack, completion_log_probs, micro_batches
-from src.models import MasterWeights, check_head, frozen_copy
+from src.master_weights import MasterWeights
+from src.models import check_head, frozen_copy
 from tests.conftest import all_log_probs, make_policy
 from tests.test_sampler import run
 

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 
 import train
 from src.errors import InputError
-from src.models import MasterWeights, add_lora, frozen_copy
+from src.master_weights import MasterWeights
+from src.models import add_lora, frozen_copy
 from tests.conftest import make_policy
 from tests.test_train import metrics_of, rollouts_of
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 import train
 from src import llama
 from src.logprobs import PACKED_TOKENS, micro_batches
-from src.models import MasterWeights, frozen_copy
+from src.master_weights import MasterWeights
+from src.models import frozen_copy
 from src.sampler import Samples, sample
 from tests.conftest import make_policy
 
