@@ -821,7 +821,8 @@ def load_skeleton(model_name: str, flag: str, dtype: torch.dtype, max_length: in
     Raises:
         InputError: It cannot be found, or has fewer positions than `max_length`.
     """
-    skeleton = models.skeleton(models.resolve(model_name, flag), AutoModelForCausalLM, dtype, f"{flag} {model_name}")
+    base = models.base_of(models.resolve(model_name, flag), flag)
+    skeleton = models.skeleton(base, AutoModelForCausalLM, dtype, f"{flag} {model_name}")
     positions = getattr(skeleton.config, "max_position_embeddings", max_length)
     if max_length > positions:
         raise InputError(f"--max-length {max_length}: must be at most the {positions} positions of {model_name}")

@@ -6,6 +6,7 @@ import copy
 import functools
 import importlib.metadata
 import importlib.util
+import json
 import tempfile
 import threading
 from collections.abc import Callable
@@ -72,7 +73,7 @@ def resolve(model_name: str, flag: str) -> str:
     if model_name == EMBEDDED and flag in POLICY_FLAGS:
         return str(embedded_folder())
     if Path(model_name).is_dir():
-        if not (Path(model_name) / "config.json").is_file():
+        if not (Path(model_name) / "config.json").is_file() and not (flag in POLICY_FLAGS and is_adapter(model_name)):
             raise InputError(f"{flag} {model_name}: the folder has no config.json; a model saved with save_pretrained has one")
         return model_name
     otherwise = f"{flag} embedded for the model that needs no hub" if flag in POLICY_FLAGS else f"{flag} none"
@@ -93,6 +94,33 @@ def resolve(model_name: str, flag: str) -> str:
         raise InputError(
             f"{flag} {model_name}: not on this machine, and the Hugging Face hub cannot be reached ({reason}); {way_out}"
         ) from None
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a folder holds a LoRA adapter alone, such as a step_<k> of a run with --lora-rank."""
+    return (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file()
+
+
+def base_of(path: str, flag: str) -> str:
+    """Where the configuration and the weights are: `path` itself, or of an adapter the model that it was trained on.
+
+    Args:
+        path: From `resolve`.
+        flag: The flag that it came from, for messages.
+
+    Raises:
+        InputError: That model is not where the adapter says.
+    """
+    if not is_adapter(path):
+        return path
+    try:
+        base = str(json.loads((Path(path) / "adapter_config.json").read_text())["base_model_name_or_path"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{flag} {path}: adapter_config.json names no base model ({_first_line(error)})") from None
+    try:
+        return resolve(base, flag)
+    except InputError as error:
+        raise InputError(f"{error}. The LoRA adapter {path} wants it as its base; merged/ of a finished run needs none") from None
 
 
 @functools.lru_cache  # asked about the tokenizer, the configuration and the weights; an answer can take its whole deadline
@@ -200,7 +228,7 @@ def load_policy(model_name: str, device: torch.device, flag: str = "--model-name
     """Load the model that is trained, in float32 and eval mode: what is sampled and what is trained must be one distribution.
 
     Args:
-        model_name: Hub name, local folder, or "embedded".
+        model_name: Hub name, local folder, or "embedded"; the folder of a LoRA adapter means its base with the adapter merged.
         device: Where the model computes.
         flag: The flag that the name came from, for messages.
 
@@ -208,10 +236,15 @@ def load_policy(model_name: str, device: torch.device, flag: str = "--model-name
         InputError: The model cannot be found or loaded, or has no plain output head.
     """
     path = resolve(model_name, flag)
+    base = base_of(path, flag)
     try:
         # Two things, which the types of transformers do not say.
-        both: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+        both: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, output_loading_info=True)
         model, loading = both
+        if is_adapter(path):
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, path).merge_and_unload()
     except Exception as error:
         raise InputError(f"{flag} {model_name}: the model could not be loaded ({_first_line(error)})") from None
     if loading["missing_keys"]:

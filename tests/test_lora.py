@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 import train
 from src.errors import InputError
 from src.master_weights import MasterWeights
-from src.models import add_lora, frozen_copy
+from src.models import add_lora, base_of, frozen_copy, load_policy
 from tests.conftest import make_policy
 from tests.test_train import metrics_of, rollouts_of
 
@@ -30,6 +30,39 @@ def test_a_lora_run_saves_the_adapter_and_at_the_end_a_merged_model(tiny, policy
     tolerance = dict(atol=1e-4, rtol=1e-4) if dtype == "float32" else dict(atol=0.1, rtol=0.05)
     torch.testing.assert_close(merged, adapted, **tolerance)
     assert json.loads((run / "config.json").read_text())["hyperparameters"]["lora_rank"] == 4
+
+
+def test_a_checkpoint_of_a_lora_run_is_evaluated_and_trained_on_like_its_merged_model(
+    tiny, policy_folder, reward_model_folder, recwarn
+):
+    rewarded = tiny | dict(reward_model_name=str(reward_model_folder))
+    run = train.main(**rewarded | dict(lora_rank=4, lr=1e-2, dtype="float32"))
+    checkpoint, merged = str(run / "step_2"), str(run / "merged")
+    ids = torch.tensor([[1, 20, 21, 22]])
+    a, b = (load_policy(folder, torch.device("cpu"))(ids).logits for folder in (checkpoint, merged))
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    assert (a - load_policy(str(policy_folder), torch.device("cpu"))(ids).logits).abs().max() > 1e-3
+    settings = tiny | dict(eval_only=True, eval_data=tiny["data"], eval_samples=1, dtype="float32", run_name="evaluated")
+    folder = train.main(**settings | dict(model_name=checkpoint, eval_against=merged))
+    rows = [json.loads(line) for line in (folder / "evaluation.jsonl").read_text().splitlines()]
+    ours, theirs = ([row["completion"] for row in rows if row["model"] == name] for name in (checkpoint, merged))
+    assert len(ours) == 2 * 16 and ours == theirs
+    run = train.main(**rewarded | dict(model_name=checkpoint, lora_rank=2, run_name="more"))
+    assert json.loads((run / "step_2/adapter_config.json").read_text())["r"] == 2
+    assert (run / "merged/model.safetensors").exists()
+    assert not [w for w in recwarn if "second time" in str(w.message)]
+
+
+def test_an_adapter_without_its_base_is_refused_and_says_so(tmp_path):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    for config, message in [
+        ({"base_model_name_or_path": "/gone"}, "--model-name /gone: no such folder.*The LoRA adapter .*/adapter wants it"),
+        ({}, "adapter: adapter_config.json names no base model"),
+    ]:
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        with pytest.raises(InputError, match=message):
+            base_of(str(folder), "--model-name")
 
 
 def test_only_the_adapter_moves_and_only_it_has_master_weights():
