@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from src.console import say
 from src.errors import InputError
 from src.logprobs import vocabulary_block
+from src.static_decoder import COLUMNS
 
 PROGRAM = {"cpu": 0.9e9, "cuda": 0.8e9, "mps": 0.5e9}  # Python and its libraries; on a GPU the context and its kernels
 CGROUP = Path("/sys/fs/cgroup")  # of this process, as containers mount it
@@ -104,19 +105,23 @@ class Plan:
         }
         prompts = -(-self.micro_batch_size // self.group_size)  # completions of a question share one (logprobs)
         tokens = self.micro_batch_size * self.completion_length + prompts * self.prompt_length
-        positions = self.completions * (self.prompt_length + self.completion_length)
+        columns = self.prompt_length + self.completion_length
+        on_gpu = self.device == "cuda"  # there the cache's addresses are part of a graph, so it stays (static_decoder)
+        cache = self.completions * p.cache * (-(-columns // COLUMNS) * COLUMNS if on_gpu else columns)
+        kept = {"kept cache": cache if on_gpu else 0.0}
         block = vocabulary_block(self.device)
         phases = {
             "rollout": {
-                "cache": positions * p.cache,
+                "cache": cache,
                 "logits": 16.0 * self.completions * p.vocabulary,  # four float32 tensors (sampler._pick)
                 "packed weights": p.weights * p.itemsize if self.device == "cpu" else 0.0,  # decoder.LlamaDecoder
             },
-            "score": {"reward model": self.reward_weights if self.reward_placement == "offload" else 0.0},
+            "score": {"reward model": self.reward_weights if self.reward_placement == "offload" else 0.0, **kept},
             "update": {
                 "gradients": p.trained * (4.0 + (p.itemsize if separate else 0.0)),
                 "logits": (8.0 + p.itemsize) * self.micro_batch_size * self.completion_length * min(block, p.vocabulary),
                 "activations": tokens * (p.checkpointed if self.gradient_checkpointing else p.activation),
+                **kept,
             },
         }
         return stays, phases
@@ -124,7 +129,7 @@ class Plan:
     def least(self) -> float:
         """Bytes below which it certainly cannot run: without what depends on the length of the completions."""
         stays, phases = self.parts()
-        return max(self.loading(), sum(stays.values()) + max(phases["update"]["gradients"], *phases["score"].values()))
+        return max(self.loading(), sum(stays.values()) + max(phases["update"]["gradients"], phases["score"]["reward model"]))
 
     def loading(self) -> float:
         """Bytes while the policy is loaded: in float32, before it is rounded to what it computes in."""

@@ -1,5 +1,7 @@
 """The memory budget against what models really keep, worked sums, and what a run does with it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GraniteMoeConfig, OPTConfig
@@ -8,6 +10,7 @@ import train
 from src import models
 from src.errors import InputError
 from src.llama import Layout, packed_hidden
+from src.logprobs import vocabulary_block
 from src.memory import ModelSize, Plan, check_fits, free_memory, measure, ways_out
 from tests.conftest import make_policy
 
@@ -89,14 +92,18 @@ def test_the_sum_by_hand():
     plan = Plan(BIG, "cuda", 64, 8, 8, 100, 400, reference=True, reward_weights=14e9)
     # program 0.8 + policy 2 + float32 weights 4 + Adam 8 + reference 2 + reward model 14 = 30.8; gradients 4 + 2
     assert plan.least() == pytest.approx(36.8e9)
-    # and 8 completions of 400 tokens behind one prompt of 100, at a megabyte each, and 8,192 logits of each, 10 bytes each
-    assert plan.most() == pytest.approx(36.8e9 + 3.3e9 + 3200 * 8192 * 10)
+    # and 8 completions of 400 tokens behind one prompt of 100, at a megabyte each, and 8,192 logits of each, 10 bytes each;
+    # the sampler keeps 64 rows of 512 columns of 20 kB, 500 rounded up
+    kept = 64 * 512 * 2e4
+    assert plan.most() == pytest.approx(36.8e9 + 3.3e9 + 3200 * 8192 * 10 + kept)
+    plan_on_cpu = replace(plan, device="cpu")
+    assert plan_on_cpu.most() == pytest.approx(36.9e9 + 3.3e9 + 3200 * vocabulary_block("cpu") * 10)  # there it keeps none
     offloaded = Plan(BIG, "cuda", 64, 8, 8, 100, 400, reference=True, reward_weights=14e9, reward_placement="offload")
     assert offloaded.least() == pytest.approx(30.8e9)  # 16.8 and, in turns, the reward model
     on_cpu = Plan(LORA, "cuda", 64, 8, 8, 100, 400, reference=False, reward_weights=14e9, reward_placement="cpu")
-    assert on_cpu.most() == pytest.approx(0.8e9 + 2e9 + 10**7 * (4 + 8 + 4 + 2) + 1.5e6 * 3300 + 3200 * 8192 * 10)
-    long_rollout = Plan(LORA, "cuda", 512, 8, 1, 100, 400, reference=False)
-    assert long_rollout.most() == pytest.approx(0.8e9 + 2e9 + 10**7 * 12 + 512 * (500 * 2e4 + 16 * 32_000))
+    assert on_cpu.most() == pytest.approx(0.8e9 + 2e9 + 10**7 * (4 + 8 + 4 + 2) + 1.5e6 * 3300 + 3200 * 8192 * 10 + kept)
+    long_rollout = Plan(LORA, "cpu", 512, 8, 1, 100, 400, reference=False)  # the last 2e9 are packed weights
+    assert long_rollout.most() == pytest.approx(0.9e9 + 2e9 + 10**7 * 12 + 512 * (500 * 2e4 + 16 * 32_000) + 2e9)
 
 
 def test_loading_in_float32_can_be_the_most_that_a_lora_run_takes():
@@ -111,8 +118,9 @@ def test_what_fits_is_said_in_one_line(capsys):
     out = capsys.readouterr().out
     assert out.count("\n") == 1
     assert out == (
-        "memory: up to 22.2 of the 30.0 GB free on cuda (program 0.8, policy 2.0, Adam 0.1, reward model 14.0, "
-        "gradients of the update 0.1, logits of the update 0.3, activations of the update 5.0)\n"
+        "memory: up to 22.8 of the 30.0 GB free on cuda (program 0.8, policy 2.0, Adam 0.1, reward model 14.0, "
+        "gradients of the update 0.1, logits of the update 0.3, activations of the update 5.0, "
+        "kept cache of the update 0.7)\n"
     )
 
 
@@ -120,7 +128,7 @@ def test_what_may_not_fit_is_a_warning_and_what_cannot_is_refused(capsys):
     plan = Plan(BIG, "cuda", 64, 8, 8, 100, 400, reference=True, reward_weights=14e9)
     check_fits(plan, 38e9, lambda: LORA, 7e9)
     assert "warning: memory may run out" in capsys.readouterr().out
-    with pytest.raises(InputError, match=r"needs 36\.8 GB on cuda.*24\.0 GB are free.*--lora-rank 16 \(22\.2 GB\)"):
+    with pytest.raises(InputError, match=r"needs 36\.8 GB on cuda.*24\.0 GB are free.*--lora-rank 16 \(22\.8 GB\)"):
         check_fits(plan, 24e9, lambda: LORA, 7e9)
     with pytest.raises(InputError, match="smaller --model-name"):
         check_fits(plan, 1e9, lambda: LORA, 7e9)
@@ -128,18 +136,18 @@ def test_what_may_not_fit_is_a_warning_and_what_cannot_is_refused(capsys):
 
 def test_the_ways_out_are_the_fewest_flags_and_each_fits():
     plan = Plan(BIG, "cuda", 64, 8, 8, 100, 400, reference=True, reward_weights=14e9)
-    assert {way.split(" (")[0] for way in ways_out(plan, LORA, 39e9, 7e9)} == {
+    assert {way.split(" (")[0] for way in ways_out(plan, LORA, 39.5e9, 7e9)} == {
         "--kl-weight 0", "--micro-batch-size 1", "--gradient-checkpointing", "--reward-model-device offload",
         "--reward-model-device cpu",
         "--reward-model-8bit", "--reward-model-name none", "--lora-rank 16",
     }  # fmt: skip
     assert ways_out(plan, LORA, 20e9, 7e9) == [
-        "--lora-rank 16 --micro-batch-size 1 (17.8 GB)",
-        "--lora-rank 16 --gradient-checkpointing (17.6 GB)",
-        "--lora-rank 16 --reward-model-device offload (16.9 GB)",
-        "--lora-rank 16 --reward-model-device cpu (8.2 GB)",
-        "--lora-rank 16 --reward-model-8bit (15.2 GB)",
-        "--lora-rank 16 --reward-model-name none (8.2 GB)",
+        "--lora-rank 16 --micro-batch-size 1 (18.4 GB)",
+        "--lora-rank 16 --gradient-checkpointing (18.2 GB)",
+        "--lora-rank 16 --reward-model-device offload (17.6 GB)",
+        "--lora-rank 16 --reward-model-device cpu (8.8 GB)",
+        "--lora-rank 16 --reward-model-8bit (15.8 GB)",
+        "--lora-rank 16 --reward-model-name none (8.8 GB)",
     ]
 
 
