@@ -12,7 +12,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from transformers import PreTrainedModel
 
-from src import parallel
+from src import parallel, static_decoder
 from src.sampler import Samples, Sampling, sample
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def fit_memory(compute: Callable[[int], T], size: int) -> tuple[T, int]:
         except RuntimeError as error:
             if size == 1 or not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
                 raise
+        static_decoder.release()  # its cache is as large as the batch that was too large
         # Outside of the handler, whose traceback would keep the failed attempt's tensors alive.
         clear_device_cache(garbage_collection=True)
         print(f"warning: out of memory; goes on with {size // 2} completions at once in place of {size}", flush=True)

@@ -16,17 +16,27 @@ from src.logprobs import can_pack
 COLUMNS = 256  # the cache's length is a multiple of this: one compilation serves many lengths
 LOOK_EVERY = 16
 
-_decoders: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # of each model, by rows and columns: addresses must stay
+_decoders: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # one of each model: its addresses must stay
 
 
 def static_decoder(model: PreTrainedModel, rows: int, columns: int) -> "StaticDecoder":
-    """The model's decoder for a batch of `rows`, each at most `columns` tokens with its padding; the same one in every call."""
-    shape = (rows, -(-columns // COLUMNS) * COLUMNS)
-    of_model = _decoders.setdefault(model, {})
-    if shape not in of_model:
-        of_model.clear()  # one cache at a time
-        of_model[shape] = StaticDecoder(model, *shape)
-    return of_model[shape]
+    """The model's decoder for a batch of `rows`, each at most `columns` tokens with its padding.
+
+    It is the same one in every call until a batch does not fit: then it is made anew, as large as either wants, and compiled.
+    A smaller batch, such as the last of an evaluation, takes a part of its rows.
+    """
+    had = _decoders.get(model)
+    if had is None or rows > had.rows or columns > had.columns:
+        if had is not None:
+            rows, columns = max(rows, had.rows), max(columns, had.columns)
+            del _decoders[model], had  # one cache at a time
+        _decoders[model] = StaticDecoder(model, rows, -(-columns // COLUMNS) * COLUMNS)
+    return _decoders[model]
+
+
+def release() -> None:
+    """Give back the caches of all models: memory has run out, and smaller batches are to come."""
+    _decoders.clear()
 
 
 def fits(model: PreTrainedModel) -> bool:
@@ -46,7 +56,7 @@ class StaticDecoder:
 
     Args:
         model: Whose weights may change in place between batches.
-        rows: Of every batch.
+        rows: Of a batch, at most.
         columns: Of the cache.
     """
 
@@ -65,28 +75,37 @@ class StaticDecoder:
         assert model is not None  # whoever samples holds it
         read, logits, mask = read_prompts(model, prompt_ids, pad_id)
         self.cache.reset()
+        self.spare = self.rows - len(prompt_ids) * group_size  # rows that nobody reads; they take zeros along
         for layer, (keys, values, _) in enumerate(read):
-            self.cache.update(keys.repeat_interleave(group_size, 0), values.repeat_interleave(group_size, 0), layer)
-        mask = mask.repeat_interleave(group_size, 0)  # (B, P)
-        # (B, columns): what is not left-hand padding; columns that are not filled yet lie behind the last.
+            keys, values = (self._fill(read_once.repeat_interleave(group_size, 0)) for read_once in (keys, values))
+            self.cache.update(keys, values, layer)
+        mask = self._fill(mask.repeat_interleave(group_size, 0), 1)  # (rows, P)
+        # (rows, columns): what is not left-hand padding; columns that are not filled yet lie behind the last.
         self.real = torch.cat([mask.bool(), mask.new_ones(self.rows, self.columns - mask.shape[1]).bool()], dim=1)
         self.last = torch.full((1,), mask.shape[1] - 1, device=mask.device)  # filled column
-        self.positions = mask.sum(dim=1)  # (B,) where the next token goes
+        self.positions = mask.sum(dim=1)  # (rows,) where the next token goes
         return logits.repeat_interleave(group_size, 0)
 
     def step(self, token: torch.Tensor) -> torch.Tensor:
         self.last = self.last + 1
-        arguments = (token, self.positions, self.real, self.last)
+        arguments = (self._fill(token), self.positions, self.real, self.last)
         self.positions = self.positions + 1
         if not self.compiled:
             self._compile(arguments)
-        return self._step(*arguments).clone()  # the graph's own result is overwritten by its next replay
+        return self._step(*arguments)[: len(token)].clone()  # the graph's own result is overwritten by its next replay
+
+    def _fill(self, batch: torch.Tensor, value: int = 0) -> torch.Tensor:
+        """(B, ...) with as many rows behind it as the decoder has."""
+        return torch.cat([batch, batch.new_full((self.spare, *batch.shape[1:]), value)]) if self.spare else batch
 
     def keep(self, rows: torch.Tensor) -> None:
         raise AssertionError("rows of a static batch do not leave")
 
     def _compile(self, arguments: tuple[torch.Tensor, ...]) -> None:
-        print(f"Compiling the decode step for {self.rows} rows of {self.columns} tokens (a minute, once)...", flush=True)
+        print(
+            f"Compiling the decode step for {self.rows} rows of {self.columns} tokens (once for this size)...",
+            flush=True,
+        )
         self._step = torch.compile(self._forward, mode="reduce-overhead", dynamic=False, fullgraph=True)
         # transformers declares the numbers that all caches have, and counts in a tensor here.
         filled: list[torch.Tensor] = [layer.cumulative_length for layer in self.cache.layers]  # type: ignore[misc, union-attr]
@@ -101,7 +120,7 @@ class StaticDecoder:
         self.compiled = True
 
     def _forward(self, token: torch.Tensor, positions: torch.Tensor, real: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-        seen = real & (self.column <= last)  # (B, columns)
+        seen = real & (self.column <= last)  # (rows, columns)
         model = self.model()
         assert model is not None
         blocked = torch.finfo(model.dtype).min

@@ -208,8 +208,43 @@ def test_sampling_with_the_decoder_for_gpus_gives_the_same(policy, monkeypatch):
         assert static.completion_ids == expected.completion_ids
         assert torch.equal(static.finished, expected.finished)
         torch.testing.assert_close(static.log_probs, expected.log_probs, atol=1e-5, rtol=0)
-    (decoders,) = [static_decoder._decoders[policy]]
-    assert len(decoders) == 1
+
+
+def test_the_decoder_for_gpus_serves_smaller_batches_and_is_made_anew_for_larger_ones_alone(policy, monkeypatch):
+    """Otherwise each evaluation's last batch, and the batch after it, would wait for a compilation."""
+    from src import static_decoder
+
+    policy.lm_head.weight.data[2] += 0.3
+    calls = [dict(group_size=8), dict(group_size=2), dict(group_size=8), dict(group_size=9), dict(group_size=1)]
+    expected = [run(policy, **call) for call in calls]
+    monkeypatch.setattr(llama, "fits", lambda model: False)
+    monkeypatch.setattr(static_decoder, "fits", lambda model: True)
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compiled.append(function) or function)
+    for call, wanted in zip(calls, expected, strict=True):
+        static = run(policy, **call)
+        assert static.completion_ids == wanted.completion_ids
+        torch.testing.assert_close(static.log_probs, wanted.log_probs, atol=1e-5, rtol=0)
+    assert len(compiled) == 2
+    assert static_decoder._decoders[policy].rows == 9 * len(PROMPTS)
+    longer = static_decoder.static_decoder(policy, 1, 1000)
+    assert (longer.rows, longer.columns) == (9 * len(PROMPTS), 1024)
+
+
+def test_where_memory_runs_out_the_cache_of_the_decoder_for_gpus_goes_and_the_next_is_smaller(policy, monkeypatch):
+    from src import static_decoder
+    from src.rollout import fit_memory
+
+    rows = []
+
+    def attempt(size):
+        rows.append(static_decoder.static_decoder(policy, size, 64).rows)
+        if size > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return size
+
+    assert fit_memory(attempt, 16) == (4, 4)
+    assert rows == [16, 8, 4]
 
 
 def test_whether_a_model_on_a_gpu_can_be_compiled_is_found_out(policy):
