@@ -4,12 +4,15 @@ Text from models and data is printed by its repr, which escapes whatever is not 
 marks of writing direction reach no terminal. There is one standard output, so there is one bar, kept by this module.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
@@ -17,7 +20,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Ta
 from rich.table import Column, Table
 from rich.text import Text
 
-from src.run_log import Scores
+if TYPE_CHECKING:
+    from src.run_log import Scores
 
 PLAIN_WIDTH = 120  # columns of a table that is not on a terminal
 ROOM_FOR_BAR, ROOM_FOR_SPEED = 80, 60  # columns that a terminal needs to show them beside phase and time left

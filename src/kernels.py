@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 from huggingface_hub import cached_assets_path
 
+from src.console import say
+
 SOURCES = Path(__file__).parent / "native"
 HEAD_SIZES = (16, 32, 64, 96, 128)  # that attention.cpp is compiled for
 ABSENT = (
@@ -51,7 +53,7 @@ def libraries() -> dict[torch.dtype, ctypes.CDLL] | None:
         folder = cached_assets_path("hybrid-grpo", "kernels", name)
         compiled = {dtype: folder / f"{str(dtype).removeprefix('torch.')}.so" for dtype in (torch.float32, torch.bfloat16)}
         if not all(path.exists() for path in compiled.values()):
-            print("Compiling the CPU kernels (once, about 5 s)...", flush=True)
+            say("Compiling the CPU kernels (once, about 5 s)...")
         with ThreadPoolExecutor() as pool:
             list(pool.map(functools.partial(_compile, compiler, files), compiled, compiled.values()))
         return {dtype: ctypes.CDLL(str(path)) for dtype, path in compiled.items()}

@@ -28,6 +28,7 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from src import llama
+from src.console import say
 from src.errors import InputError
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ def embedded_folder() -> Path:
     if (folder / "config.json").is_file():
         return folder
     (gguf,) = Path(spec.origin).parent.glob("*.gguf")
-    print("Converting the embedded model (once, about 20 s)...", flush=True)
+    say("Converting the embedded model (once, about 20 s)...")
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # The file names the token that opens a turn as the end token, and none for padding.

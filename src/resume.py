@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from src import console
 from src.errors import InputError
 
 FIXED = {  # what a resumed run cannot change, and why
@@ -80,9 +81,10 @@ def resumed_settings(main: Callable, given: dict[str, Any]) -> dict[str, Any]:
                 f"{_flag(name)} {settings[name]}: has changed since the run read it; put the old file back, or name it again "
                 f"({_flag(name)} {settings[name]}) to go on with it as it is"
             )
-    print(f"resuming {folder}: its config.json decides, not main()'s defaults", flush=True)
+    console.configure(settings["quiet"])
+    console.say(f"resuming {folder}: its config.json decides, not main()'s defaults")
     for name, (old, new) in changes(saved, settings).items():
-        print(f"given anew: {name}={new} in place of {old}", flush=True)
+        console.say(f"given anew: {name}={new} in place of {old}")
     return settings
 
 

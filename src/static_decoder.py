@@ -11,6 +11,7 @@ import weakref
 import torch
 from transformers import PreTrainedModel, StaticCache
 
+from src.console import say
 from src.logprobs import can_pack
 
 COLUMNS = 256  # the cache's length is a multiple of this: one compilation serves many lengths
@@ -102,10 +103,7 @@ class StaticDecoder:
         raise AssertionError("rows of a static batch do not leave")
 
     def _compile(self, arguments: tuple[torch.Tensor, ...]) -> None:
-        print(
-            f"Compiling the decode step for {self.rows} rows of {self.columns} tokens (once for this size)...",
-            flush=True,
-        )
+        say(f"Compiling the decode step for {self.rows} rows of {self.columns} tokens (once for this size)...")
         self._step = torch.compile(self._forward, mode="reduce-overhead", dynamic=False, fullgraph=True)
         # transformers declares the numbers that all caches have, and counts in a tensor here.
         filled: list[torch.Tensor] = [layer.cumulative_length for layer in self.cache.layers]  # type: ignore[misc, union-attr]

@@ -67,6 +67,8 @@ def test_quiet_prints_warnings_and_the_result_alone(tiny, capsys):
     train.main(**tiny | dict(quiet=True, verifier_method="strict", eval_data=tiny["data"]))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["warning:", "done:"]
+    train.main(resume=f"{tiny['output']}/run", max_steps=3)
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["done:"]
 
 
 @pytest.mark.slow
