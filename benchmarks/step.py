@@ -1,12 +1,14 @@
 """One GRPO step here, in TRL's GRPOTrainer and in a plain loop: python benchmarks/step.py [--help]
 
-The embedded model, 8 questions x 8 completions, verifier reward, KL term on, one optimizer step in all, bfloat16. Each program
-runs in a process of its own and takes its steps when told to, in turns, so that they meet the same machine. With `--tokens` the
-end token is suppressed, so that all do the same work; with `--tokens 0` completions end where they end (64 tokens at most).
+The embedded model, 8 questions x 8 completions, verifier reward, KL term on, one optimizer step in all, computed in bfloat16 as
+on processors with matrix units (AMX), or with `--dtype float32` as on those without. Each program runs in a process of its own
+and takes its steps when told to, in turns, so that they meet the same machine. With `--tokens` the end token is suppressed, so
+that all do the same work; with `--tokens 0` completions end where they end (64 tokens at most).
 
-- ours: train.py's own functions. Float32 weights are trained, bfloat16 ones compute.
+- ours: train.py's own functions. Float32 weights are trained, ones of the dtype compute.
 - trl: GRPOTrainer as it comes, which trains float32 weights too and computes in bfloat16 by autocast.
-- trl-bf16: GRPOTrainer with weights in bfloat16 and without gradient checkpointing: faster, but small updates are rounded away.
+- trl-fast: GRPOTrainer with weights in the dtype and without gradient checkpointing: faster, but bfloat16 rounds small updates
+  away.
 - plain: what a first version looks like, after tiny-grpo: question by question, padded batches of 8, all logits, and gradient
   checkpointing as there.
 - plain-kept: the same without gradient checkpointing, which fits in memory here.
@@ -77,7 +79,7 @@ def verdicts(verifier, questions: list[str], completions: list[str], answers: li
 # The programs. Each yields after set-up, then after each step its phases, tokens and what it likes to say.
 
 
-def ours(data: str, model: str, tokens: int):
+def ours(data: str, model: str, tokens: int, dtype: str = "bfloat16"):
     """train.py's own functions, as main() calls them."""
     import train
     from src import models
@@ -91,7 +93,7 @@ def ours(data: str, model: str, tokens: int):
     bound_product_cache()
     device = torch.device("cpu")
     tokenizer, policy = models.load_tokenizer(model), models.load_policy(model, device)
-    master = MasterWeights(policy, torch.bfloat16)
+    master = MasterWeights(policy, getattr(torch, dtype))
     reference = models.frozen_copy(policy)
     optimizer = torch.optim.AdamW(master.parameters, lr=LR, weight_decay=0.0, fused=True)
     verifier, order = MathVerifier(), torch.Generator().manual_seed(0)
@@ -125,7 +127,7 @@ def ours(data: str, model: str, tokens: int):
         yield {"phases": phase.seconds, "tokens": made, "sampler_gap": metrics["policy/sampler_gap"]}
 
 
-def trl(data: str, model: str, tokens: int, settings: dict | None = None):
+def trl(data: str, model: str, tokens: int, dtype: str, settings: dict | None = None):
     """TRL's GRPOTrainer with its own settings, 8 completions a pass."""
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -162,7 +164,7 @@ def trl(data: str, model: str, tokens: int, settings: dict | None = None):
     config = GRPOConfig(
         output_dir=tempfile.mkdtemp(), num_generations=G, per_device_train_batch_size=8, gradient_accumulation_steps=Q * G // 8,
         max_completion_length=tokens or LIMIT, temperature=TEMPERATURE, beta=KL, learning_rate=LR, weight_decay=0.0, use_cpu=True,
-        bf16=True, save_strategy="no", report_to=[],
+        bf16=dtype == "bfloat16", save_strategy="no", report_to=[],
         max_steps=10_000, shuffle_dataset=False, disable_tqdm=True, logging_strategy="no",
         generation_kwargs={"min_new_tokens": tokens} if tokens else None, **(settings or {}),
     )  # fmt: skip
@@ -197,9 +199,9 @@ def count_reference(trainer, phase: Phases) -> None:
     trainer._generate_and_score_completions, trainer._get_per_token_logps_and_entropies = scored, log_probs_of
 
 
-def trl_bf16(data: str, model: str, tokens: int):
+def trl_fast(data: str, model: str, tokens: int, dtype: str):
     """The fastest of TRL's settings here."""
-    return trl(data, model, tokens, {"model_init_kwargs": {"dtype": "bfloat16"}, "gradient_checkpointing": False})
+    return trl(data, model, tokens, dtype, {"model_init_kwargs": {"dtype": dtype}, "gradient_checkpointing": False})
 
 
 def generate_group_by_group(policy, ids: torch.Tensor, mask: torch.Tensor, pad: int, tokens: int) -> torch.Tensor:
@@ -224,8 +226,8 @@ def full_log_probs(model, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor
     return (logits[:, :-1].float() / TEMPERATURE).log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
 
 
-def plain(data: str, model: str, tokens: int, checkpointing: bool = True):
-    """Generate question by question, padded batches, full logits, bfloat16 weights stepped as they are."""
+def plain(data: str, model: str, tokens: int, dtype: str = "bfloat16", checkpointing: bool = True):
+    """Generate question by question, padded batches, full logits, weights of the dtype stepped as they are."""
     import copy
 
     from transformers import AutoModelForCausalLM
@@ -235,7 +237,7 @@ def plain(data: str, model: str, tokens: int, checkpointing: bool = True):
     from train import encode_prompts
 
     tokenizer = models.load_tokenizer(model)
-    policy = AutoModelForCausalLM.from_pretrained(models.resolve(model, "--model-name"), dtype=torch.bfloat16).eval()
+    policy = AutoModelForCausalLM.from_pretrained(models.resolve(model, "--model-name"), dtype=getattr(torch, dtype)).eval()
     reference = copy.deepcopy(policy).requires_grad_(False)
     if checkpointing:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -281,12 +283,12 @@ def plain(data: str, model: str, tokens: int, checkpointing: bool = True):
         yield {"phases": phase.seconds, "tokens": int(real.sum())}
 
 
-def plain_kept(data: str, model: str, tokens: int):
+def plain_kept(data: str, model: str, tokens: int, dtype: str):
     """The plain loop without gradient checkpointing."""
-    return plain(data, model, tokens, checkpointing=False)
+    return plain(data, model, tokens, dtype, checkpointing=False)
 
 
-PROGRAMS = {"ours": ours, "trl": trl, "trl-bf16": trl_bf16, "plain": plain, "plain-kept": plain_kept}
+PROGRAMS: dict[str, Callable] = {"ours": ours, "trl": trl, "trl-fast": trl_fast, "plain": plain, "plain-kept": plain_kept}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -318,12 +320,12 @@ def wait_for_turn() -> None:
         os._exit(0)
 
 
-def work(name: str, data: str, model: str, tokens: int) -> None:
+def work(name: str, data: str, model: str, tokens: int, dtype: str) -> None:
     """A worker process: a step for every line that comes in, and its figures for an answer."""
     global ANSWERS
     ANSWERS = os.dup(1)
     os.dup2(2, 1)  # whatever the libraries print
-    program = PROGRAMS[name](data, model, tokens)
+    program = PROGRAMS[name](data, model, tokens, dtype)
     if name.startswith("trl"):
         next(program)  # takes its turns itself
     answer_with(next(program))
@@ -332,10 +334,10 @@ def work(name: str, data: str, model: str, tokens: int) -> None:
         answer_with(next(program))
 
 
-def start(name: str, data: str, model: str, tokens: int) -> subprocess.Popen:
+def start(name: str, data: str, model: str, tokens: int, dtype: str) -> subprocess.Popen:
     """A process at `work`, set up and waiting for its turn."""
     worker = subprocess.Popen(
-        [sys.executable, __file__, "--worker", name, data, model, str(tokens)],
+        [sys.executable, __file__, "--worker", name, data, model, str(tokens), dtype],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -385,8 +387,9 @@ def figures(steps: list[dict], first: list[dict]) -> dict:
 
 
 def main(
-    programs: tuple[Literal["ours", "trl", "trl-bf16", "plain", "plain-kept"], ...] = ("ours", "trl", "trl-bf16", "plain"),
+    programs: tuple[Literal["ours", "trl", "trl-fast", "plain", "plain-kept"], ...] = ("ours", "trl", "trl-fast", "plain"),
     tokens: int = 64,
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
     repetitions: int = 5,
     data: str = str(ROOT / "data" / "dummy_math_tasks.jsonl"),
     model: str = "embedded",
@@ -397,12 +400,13 @@ def main(
     Args:
         programs: Which to compare; ratios are to the first.
         tokens: Of each completion; 0 lets them end, after 64 at the latest.
+        dtype: That they compute in.
         repetitions: Steps of each, after one to warm up.
         data: Problems; the first 8 are taken.
         model: As --model-name of train.py takes it.
         output: File for the figures as JSON.
     """
-    workers = {name: start(name, data, model, tokens) for name in programs}
+    workers = {name: start(name, data, model, tokens, dtype) for name in programs}
     timed = in_turns({name: functools.partial(step_of, worker) for name, worker in workers.items()}, repetitions, say=True)
     steps = {name: [answer | {"seconds": seconds} for seconds, answer in rounds] for name, rounds in timed.items()}
     for worker in workers.values():
@@ -421,12 +425,14 @@ def main(
         )
     Console(width=120).print(table)
     if output:
-        about = dict(machine=platform.platform(), torch=torch.__version__, threads=torch.get_num_threads(), tokens=tokens)
+        about = dict(
+            machine=platform.platform(), torch=torch.__version__, threads=torch.get_num_threads(), tokens=tokens, dtype=dtype
+        )
         output.write_text(json.dumps(about | of_program, indent=2) + "\n")
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
-        work(sys.argv[2], sys.argv[3], sys.argv[4], int(sys.argv[5]))
+        work(sys.argv[2], sys.argv[3], sys.argv[4], int(sys.argv[5]), sys.argv[6])
     else:
         tyro.cli(main)
