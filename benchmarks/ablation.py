@@ -123,13 +123,15 @@ def draw(results: Results, target: Path) -> None:
     shown = [data for data in FILES if any(key[0] == data for key in groups)]
     figure, axes = plt.subplots(1, len(shown), figsize=(2 + 5 * len(shown), 3.6), layout="constrained", squeeze=False)
     for axis, data in zip(axes[0], shown, strict=True):
-        for (_, method, scale), rows in ((key, rows) for key, rows in groups.items() if key[0] == data):
-            at = list(METHODS).index(method) + 0.24 * (list(COLORS).index(scale) - 1)
+        of_data = {key: rows for key, rows in groups.items() if key[0] == data}
+        methods = [method for method in METHODS if any(key[1] == method for key in of_data)]
+        for (_, method, scale), rows in of_data.items():
+            at = methods.index(method) + 0.24 * (list(COLORS).index(scale) - 1)
             last = [100 * list(row["accuracy"].values())[-1] for row in rows]
             axis.plot([at] * len(last), last, "o", color=COLORS[scale], ms=4, alpha=0.6)
             axis.hlines(statistics.mean(last), at - 0.1, at + 0.1, color=COLORS[scale], lw=2.5)
-        axis.set_xticks(range(len(METHODS)), METHODS)
-        axis.set_xlim(-0.5, len(METHODS) - 0.5)
+        axis.set_xticks(range(len(methods)), methods)
+        axis.set_xlim(-0.5, len(methods) - 0.5)
         axis.set_title(f"{data} arithmetic", fontsize=10)
         axis.grid(axis="y", alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
@@ -144,7 +146,7 @@ def draw(results: Results, target: Path) -> None:
 
 def main(
     data: tuple[Literal["easy", "hard"], ...] = ("hard", "easy"),
-    methods: tuple[Method, ...] = ("verifier", "rm", "sigmoid", "tanh", "unweighted"),
+    methods: tuple[Method, ...] = ("verifier", "rm", "sigmoid", "tanh"),
     scales: tuple[Scale, ...] = ("batch", "group", "none"),
     seeds: tuple[int, ...] = (42, 43, 44),
     steps: int = 0,
