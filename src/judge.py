@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from src.answer_numbers import read_number
 from src.answer_text import unwrap
 from src.answers import final_answer
-from src.models import embedded_folder
+from src.models import embedded_folder, merge_adapter
 
 JUDGE_FOLDER = Path(__file__).parent.parent / "data" / "embedded_judge"
 NO_ANSWER = -30.0  # nats; no answer scores lower. Near misses score -5 to -15, wild guesses -20 to -60
@@ -32,11 +32,9 @@ class JudgeText(NamedTuple):
 
 def load_judge(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The judge, its adapter merged in, and its tokenizer; on the CPU."""
-    from peft import PeftModel  # takes a second to import
-
     folder = embedded_folder()
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    model = PeftModel.from_pretrained(base, JUDGE_FOLDER).merge_and_unload()
+    model = merge_adapter(base, JUDGE_FOLDER)
     return model.to(dtype), AutoTokenizer.from_pretrained(folder)
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from src.console import say
 from src.errors import InputError
 from src.logprobs import vocabulary_block
-from src.static_decoder import COLUMNS
+from src.static_decoder import cache_columns
 
 PROGRAM = {"cpu": 0.9e9, "cuda": 0.8e9, "mps": 0.5e9}  # Python and its libraries; on a GPU the context and its kernels
 CGROUP = Path("/sys/fs/cgroup")  # of this process, as containers mount it
@@ -107,7 +107,7 @@ class Plan:
         tokens = self.micro_batch_size * self.completion_length + prompts * self.prompt_length
         columns = self.prompt_length + self.completion_length
         on_gpu = self.device == "cuda"  # there the cache's addresses are part of a graph, so it stays (static_decoder)
-        cache = self.completions * p.cache * (-(-columns // COLUMNS) * COLUMNS if on_gpu else columns)
+        cache = self.completions * p.cache * (cache_columns(columns) if on_gpu else columns)
         kept = {"kept cache": cache if on_gpu else 0.0}
         block = vocabulary_block(self.device)
         phases = {

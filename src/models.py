@@ -243,9 +243,7 @@ def load_policy(model_name: str, device: torch.device, flag: str = "--model-name
         both: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, output_loading_info=True)
         model, loading = both
         if is_adapter(path):
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(model, path).merge_and_unload()
+            model = merge_adapter(model, path)
     except Exception as error:
         raise InputError(f"{flag} {model_name}: the model could not be loaded ({_first_line(error)})") from None
     if loading["missing_keys"]:
@@ -316,6 +314,13 @@ def add_lora(model: PreTrainedModel, rank: int) -> PeftModel:
 
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     return get_peft_model(model, config).eval()
+
+
+def merge_adapter(model: PreTrainedModel, folder: str | Path) -> Any:  # the types of transformers know no model.to(dtype)
+    """The model with the saved LoRA adapter of a folder added to its weights."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, folder).merge_and_unload()
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:

@@ -20,6 +20,11 @@ LOOK_EVERY = 16
 _decoders: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # one of each model: its addresses must stay
 
 
+def cache_columns(columns: int) -> int:
+    """Columns of the cache that a batch of so many takes."""
+    return -(-columns // COLUMNS) * COLUMNS
+
+
 def static_decoder(model: PreTrainedModel, rows: int, columns: int) -> "StaticDecoder":
     """The model's decoder for a batch of `rows`, each at most `columns` tokens with its padding.
 
@@ -31,7 +36,7 @@ def static_decoder(model: PreTrainedModel, rows: int, columns: int) -> "StaticDe
         if had is not None:
             rows, columns = max(rows, had.rows), max(columns, had.columns)
             del _decoders[model], had  # one cache at a time
-        _decoders[model] = StaticDecoder(model, rows, -(-columns // COLUMNS) * COLUMNS)
+        _decoders[model] = StaticDecoder(model, rows, cache_columns(columns))
     return _decoders[model]
 
 
