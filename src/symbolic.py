@@ -1,10 +1,12 @@
-"""Math-Verify in a process of its own: whether two expressions are the same, within a time and a memory that hold.
+"""Compare two expressions with Math-Verify, in a separate process with limits on time and memory.
 
-Its comparison can run for ever (huggingface/Math-Verify#65), its own time limit is a signal, which works in the main thread
-alone and cannot interrupt the arithmetic of large integers, and memory that sympy takes is not given back. So: another
-interpreter, without torch, that is killed and replaced when it breaks a limit.
+Math-Verify can run forever (huggingface/Math-Verify#65). Its own time limit is a signal, which works only in
+the main thread and cannot interrupt arithmetic with large integers. Sympy never frees the memory it takes.
+That is why another interpreter, without torch, does the comparison. This process is killed and replaced if it
+breaks a limit.
 
-Run as a script, this file is that process: it reads one JSON list [answer, truth] a line and writes true or false.
+When run as a script, this file is that process. It reads one JSON list [answer, truth] per line and writes
+true or false.
 """
 
 import contextlib
@@ -21,23 +23,25 @@ import weakref
 from typing import Protocol
 
 ITEM_SECONDS = 3.0
-START_SECONDS = 60.0  # to import sympy, on a machine that is busy with something else
-MEMORY_BYTES = 2 * 2**30  # of address space: sympy alone takes 0.4 GB of it
+START_SECONDS = 60.0  # enough to import sympy on a busy machine
+MEMORY_BYTES = 2 * 2**30  # address space; sympy by itself needs 0.4 GB of it
 
 
 class Outcome(enum.Enum):
+    """The result of a comparison."""
+
     EQUAL = "true"
-    DIFFERENT = "false"  # or not to be read
-    BROKE_LIMIT = "none"  # the process has been replaced
+    DIFFERENT = "false"  # or unreadable
+    BROKE_LIMIT = "none"  # the process was replaced, or the deadline had passed
 
 
 class SymbolicWorker:
-    """The process, from the outside. Started by `start` or the first question; safe to ask from several threads.
+    """Starts the process, sends it comparisons and replaces it if necessary. Thread-safe.
 
-    A fork has no part in its parent's process and starts one of its own.
+    The process is started by `start` or the first `ask`. After a fork, the child starts a process of its own.
 
     Args:
-        item_seconds: Wall-clock limit of one comparison.
+        item_seconds: Time limit of one comparison, in seconds of wall-clock time.
     """
 
     def __init__(self, item_seconds: float = ITEM_SECONDS):
@@ -46,7 +50,7 @@ class SymbolicWorker:
         self._lock = threading.Lock()
         renew_lock_after_fork(self)
         self._process: subprocess.Popen | None = None
-        self._owner = 0  # process id of who started it
+        self._owner = 0  # id of the process that started `_process`
         self._end: weakref.finalize | None = None
         self._ready = False
         self._buffer = b""
@@ -57,7 +61,7 @@ class SymbolicWorker:
             self._start()
 
     def close(self) -> None:
-        """End the process. Another question would start another."""
+        """End the process. Another `ask` would start a new one."""
         with self._lock:
             self._stop()
 
@@ -65,13 +69,13 @@ class SymbolicWorker:
         if self._process is not None and self._owner == os.getpid() and self._process.poll() is None:
             return
         self._stop()
-        # -I: neither the current folder nor the environment decides what it imports.
+        # -I: imports depend neither on the current folder nor on the environment.
         self._process = subprocess.Popen(
             [sys.executable, "-I", __file__, str(self.item_seconds)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is for the trainer to answer
+            start_new_session=True,  # leave Ctrl-C to the trainer
         )
         assert self._process.stdin is not None
         os.set_blocking(self._process.stdin.fileno(), False)
@@ -84,10 +88,12 @@ class SymbolicWorker:
         self._process = self._end = None
 
     def ask(self, answer: str, truth: str, deadline: float) -> Outcome:
-        """Whether an answer equals the truth, both in delimited LaTeX; `answer` empty: whether `truth` can be read at all.
+        """Whether an answer equals the truth.
 
         Args:
-            deadline: `time.monotonic()` by which to give up.
+            answer: LaTeX with its delimiters. If empty, the question is only whether `truth` can be read.
+            truth: LaTeX with its delimiters.
+            deadline: Value of `time.monotonic()` at which to give up.
         """
         with self._lock:
             if time.monotonic() >= deadline:
@@ -96,8 +102,12 @@ class SymbolicWorker:
             try:
                 if not self._ready:
                     self._ready = self._read_line(min(deadline, time.monotonic() + START_SECONDS)) == b"ready"
-                line = self._exchange(json.dumps([answer, truth]).encode() + b"\n", deadline) if self._ready else None
-            except BaseException:  # Ctrl-C: the reply that is still to come must not answer the next question
+                line = (
+                    self._exchange(json.dumps([answer, truth]).encode() + b"\n", deadline)
+                    if self._ready
+                    else None
+                )
+            except BaseException:  # such as Ctrl-C: the pending reply must not be taken for the next one
                 self._stop()
                 raise
             if line in (b"true", b"false"):
@@ -107,15 +117,17 @@ class SymbolicWorker:
             self._start()
             return Outcome.BROKE_LIMIT
 
-    def _exchange(self, question: bytes, deadline: float) -> bytes | None:
+    def _exchange(self, request: bytes, deadline: float) -> bytes | None:
+        """Send a line and return the reply, or None if it does not come in time."""
         assert self._process is not None and self._process.stdin is not None
         try:
-            os.write(self._process.stdin.fileno(), question)  # at most a few kB: a pipe holds 64
+            os.write(self._process.stdin.fileno(), request)  # a few kB at most; a pipe holds 64 kB
         except OSError:
             return None
         return self._read_line(min(deadline, time.monotonic() + self.item_seconds))
 
     def _read_line(self, deadline: float) -> bytes | None:
+        """The next line from the process, or None if it does not come in time."""
         assert self._process is not None and self._process.stdout is not None
         descriptor = self._process.stdout.fileno()
         poll = select.poll()  # select.select fails on descriptors above 1,023
@@ -133,50 +145,59 @@ class SymbolicWorker:
 
 
 def _end_process(process: subprocess.Popen, owner: int) -> None:
+    """Close the pipes to a process, and kill it if this is the process that started it."""
     if os.getpid() == owner:
         process.kill()
     for pipe in filter(None, (process.stdin, process.stdout)):
         with contextlib.suppress(OSError):
             pipe.close()
     if os.getpid() == owner:
-        process.wait()  # no zombie
+        process.wait()  # leaves no zombie
 
 
 class HasLock(Protocol):
+    """An object with a lock."""
+
     _lock: threading.Lock
 
 
 def renew_lock_after_fork(owner: HasLock) -> None:
-    """Give an object a new lock in every fork: another thread may hold the old one there for ever."""
+    """After a fork, give the child's object a new lock: a thread of the parent may hold the old one."""
     reference = weakref.ref(owner)
 
     def renew() -> None:
-        if (it := reference()) is not None:
-            it._lock = threading.Lock()
+        if (current := reference()) is not None:
+            current._lock = threading.Lock()
 
     os.register_at_fork(after_in_child=renew)
 
 
 def _serve(item_seconds: float) -> None:
+    """Answer the lines on standard input until it closes."""
+    import logging
     import resource
     import warnings
 
-    with contextlib.suppress(ValueError, OSError):  # macOS has no such limit; elsewhere a lower one may hold already
+    # macOS has no such limit; elsewhere a lower one may already apply.
+    with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     warnings.filterwarnings("ignore")
-    import logging
-
     logging.disable(logging.CRITICAL)
     out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints goes nowhere
+    os.dup2(2, 1)  # discard whatever libraries print
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
     targets = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
-    # What it loads and builds when it is first used: 0.15 s that no completion should wait for.
-    verify(parse("$x+1$", targets, parsing_timeout=None), parse("$(1, 2x)$", targets, parsing_timeout=None), timeout_seconds=None)
+    # The first use takes 0.15 s to load and build things, and no completion should wait for that.
+    verify(
+        parse("$x+1$", targets, parsing_timeout=None),
+        parse("$(1, 2x)$", targets, parsing_timeout=None),
+        timeout_seconds=None,
+    )
     print("ready", file=out, flush=True)
     for line in sys.stdin:
-        # If the trainer dies while this computes, the default action of the alarm ends this process, from outside of Python.
+        # If the trainer dies during a computation, the alarm's default action ends this process. A handler in
+        # Python could not interrupt the computation.
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, item_seconds + 2)
         answer, truth = json.loads(line)
@@ -185,12 +206,14 @@ def _serve(item_seconds: float) -> None:
             if not answer:
                 verdict = any(not isinstance(g, str) for g in gold)
             else:
-                # Their order matters: what is true first.
+                # The order of the arguments to verify() matters: the truth comes first.
                 found = parse(answer, targets, parsing_timeout=None)
-                verdict = verify(gold, found, float_rounding=6, allow_set_relation_comp=True, timeout_seconds=None)
+                verdict = verify(
+                    gold, found, float_rounding=6, allow_set_relation_comp=True, timeout_seconds=None
+                )
         except MemoryError:
             os._exit(1)
-        except Exception:  # sympy raises anything on expressions that mean nothing
+        except Exception:  # sympy may raise anything on a meaningless expression
             verdict = False
         signal.setitimer(signal.ITIMER_REAL, 0)
         print(json.dumps(verdict), file=out, flush=True)

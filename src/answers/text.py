@@ -1,18 +1,21 @@
-r"""The text of an answer: the many ways to type and to dress one thing made one.
+r"""The characters and markup of an answer: many ways to write the same thing, reduced to one form.
 
-The lowest of the modules that read answers (see answers.py): it knows characters and LaTeX commands, nothing of what they mean.
+This module knows characters, LaTeX commands and markdown, but not what they mean.
 """
 
 import re
 import unicodedata
 
-MAX_ANSWER_CHARS = 300  # a longer "final answer" is not one
+MAX_ANSWER_CHARS = 300  # a longer text is not a final answer
 
-_VULGAR = {chr(c): unicodedata.normalize("NFKC", chr(c)).replace("⁄", "/") for c in [*range(0xBC, 0xBF), *range(0x2150, 0x215F)]}
+_VULGAR_FRACTIONS = {  # "½": "1/2"
+    chr(c): unicodedata.normalize("NFKC", chr(c)).replace("⁄", "/")
+    for c in [*range(0xBC, 0xBF), *range(0x2150, 0x215F)]
+}
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
-_CHARACTERS = {
+_REPLACEMENTS = {
     **{ord(c): "-" for c in "−–—﹣－‐‑‒"},
-    **{ord(c): " " for c in "\u00a0\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000\x00"},
+    **dict.fromkeys([0x00, 0xA0, *range(0x2000, 0x200B), 0x202F, 0x205F, 0x3000], " "),
     **dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff\u00ad"), None),
     **{c: chr(c - 0xFEE0) for c in range(0xFF01, 0xFF5F)},  # full-width forms of ASCII
     ord("’"): "'",
@@ -23,40 +26,48 @@ _CHARACTERS = {
     ord("π"): r"\pi ",
     ord("∞"): r"\infty ",
 }
-WRAPPERS = re.compile(
-    r"\\(?:text|textnormal|textrm|textsf|emph|mathrm|mathbf|textbf|mbox|operatorname|mathit|textit)\s?\{([^{}]{0,200})\}"
+TEXT_COMMAND = re.compile(
+    r"\\(?:text|textnormal|textrm|textsf|emph|mathrm|mathbf|textbf|mbox|operatorname|mathit|textit)"
+    r"\s?\{([^{}]{0,200})\}"
 )
 _MARKUP = re.compile(r"\\[!,;: ]|\\left|\\right|\\displaystyle|\\(?=[$%#&_])|\*\*|__|`|\\\(|\\\)|\\\[|\\\]|~")
 
 
-def clean(text: str) -> str:
-    """A text with the many ways to type one character made one: minus signs, spaces, digits, fractions, exponents.
+def normalize_characters(text: str) -> str:
+    """Replace typographic minus signs, spaces, digits, fractions and exponents with plain ones.
 
-    >>> clean("−½ m², １２")
+    >>> normalize_characters("−½ m², １２")
     '-1/2 m^2, 12'
     """
     if text.isascii():
         return text.replace("\x00", " ")
-    text = text.encode("utf-8", "ignore").decode()  # lone surrogates can be neither printed nor sent
-    text = re.sub(r"(\d?)([¼-¾⅐-⅞])", lambda m: f"{m[1]} {_VULGAR[m[2]]}" if m[1] else _VULGAR[m[2]], text)
+    text = text.encode("utf-8", "ignore").decode()  # lone surrogates can be neither printed nor piped
+    text = re.sub(
+        r"(\d?)([¼-¾⅐-⅞])",
+        lambda m: (f"{m[1]} " if m[1] else "") + _VULGAR_FRACTIONS[m[2]],
+        text,
+    )
     text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+", lambda m: "^" + _braced(m[0].translate(_SUPERSCRIPTS)), text)
-    text = text.translate(_CHARACTERS)
+    text = text.translate(_REPLACEMENTS)
     if text.isascii():
         return text
     return "".join(str(unicodedata.digit(c)) if c.isdigit() and not c.isascii() else c for c in text)
 
 
 def _braced(exponent: str) -> str:
+    """An exponent as LaTeX needs it: in braces if it has several characters."""
     return exponent if len(exponent) == 1 else f"{{{exponent}}}"
 
 
-def unwrap(answer: str) -> str:
-    r"""An answer without what only dresses it: LaTeX text and spacing commands, dollars around it, markdown, a full stop.
+def strip_markup(answer: str) -> str:
+    r"""Strip what only decorates an answer.
 
-    >>> unwrap(r"$\text{8 apples}.$"), unwrap("**8**.")
+    That is LaTeX commands for text and spacing, surrounding dollars or brackets, markdown and a final period.
+
+    >>> strip_markup(r"$\text{8 apples}.$"), strip_markup("**8**.")
     ('8 apples', '8')
     """
-    answer = WRAPPERS.sub(r" \1 ", re.sub(r",\s{0,3}\\!\s{0,3}", ",", answer))
+    answer = TEXT_COMMAND.sub(r" \1 ", re.sub(r",\s{0,3}\\!\s{0,3}", ",", answer))
     answer = _MARKUP.sub("", answer).strip()
     previous = None
     while answer != previous:
@@ -73,13 +84,13 @@ def unwrap(answer: str) -> str:
     return answer
 
 
-def normalised(answer: str) -> str:
-    r"""An answer's text without what does not change it, to compare letter by letter.
+def normalize_answer(answer: str) -> str:
+    r"""Reduce an answer to a form in which two spellings of the same text are equal strings.
 
-    >>> normalised(r"$\left( 3, 4 \right)$.") == normalised("(3,4)")
+    >>> normalize_answer(r"$\left( 3, 4 \right)$.") == normalize_answer("(3,4)")
     True
     """
-    answer = unwrap(answer)
+    answer = strip_markup(answer)
     answer = re.sub(r"\\[dtc]frac", r"\\frac", answer)
     answer = re.sub(r"\\(?:%|\$)", lambda m: m[0][1], answer)
     return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", answer).casefold()
