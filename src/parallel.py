@@ -1,8 +1,8 @@
-"""Several processes that train one policy (`accelerate launch`): what they share out and what they put together again.
+"""Several processes that train one policy (`accelerate launch`): dividing the work, combining the results.
 
-Every process samples, judges and scores the completions of its own questions; then all have all of them, compute the same
-advantages, and each takes its part of every optimizer step's gradient. With one process these functions hand back what they
-are given.
+Every process samples, judges and scores the completions of its own questions. The results are then gathered
+in every process, so that all compute the same advantages, and each process computes its part of every
+optimizer step's gradient. With a single process, these functions change nothing.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
-Number = TypeVar("Number", int, float)
+IntOrFloat = TypeVar("IntOrFloat", int, float)
 
 
 def processes() -> int:
@@ -24,12 +24,15 @@ def rank() -> int:
 
 
 def share(n: int) -> slice:
-    """This process's part of n things: as many as every other's, one more or less, and side by side."""
+    """This process's contiguous share of n things. Shares differ in size by at most one."""
     return slice(n * rank() // processes(), n * (rank() + 1) // processes())
 
 
 def gather(items: list[T]) -> list[T]:
-    """The lists of all processes, one behind the other in order of rank. Pickled, so for our own processes alone."""
+    """Concatenate the lists of all processes, in order of rank.
+
+    The lists are sent as pickles, which is safe only because we trust our own processes.
+    """
     if processes() == 1:
         return items
     lists: list = [None] * processes()
@@ -38,12 +41,15 @@ def gather(items: list[T]) -> list[T]:
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What the first process makes, in all of them; the others make nothing."""
+    """Call `make` in the first process only, and return its result in all of them."""
     return gather([make()] if rank() == 0 else [])[0]
 
 
 def sum_gradients(parameters: list[torch.Tensor]) -> None:
-    """Give every process the sum of all processes' gradients, bit for bit the same; none counts as zeros."""
+    """Replace each gradient by its sum over all processes. A missing gradient counts as zeros.
+
+    The sums are bit for bit the same in all processes.
+    """
     if processes() == 1:
         return
     for p in parameters:
@@ -53,13 +59,13 @@ def sum_gradients(parameters: list[torch.Tensor]) -> None:
 
 
 def add_up(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum over all processes of a tensor, which is changed in place."""
+    """Replace a tensor, in place, by its sum over all processes, and return it."""
     if processes() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
-def sum_values(values: dict[str, Number]) -> dict[str, Number]:
-    """The sum over all processes of each value."""
+def sum_values(values: dict[str, IntOrFloat]) -> dict[str, IntOrFloat]:
+    """Sum each value over all processes."""
     everywhere = gather([values])
     return {name: sum(v[name] for v in everywhere) for name in values}

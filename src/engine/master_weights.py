@@ -1,20 +1,21 @@
-"""Float32 weights for the optimizer, where the model itself computes in bfloat16."""
+"""Float32 weights for the optimizer of a model that may compute in bfloat16."""
 
 import torch
 from transformers import PreTrainedModel
 
-from src import llama
+from src.engine import llama
 
 
 class MasterWeights:
-    """Float32 weights for the optimizer beside a model that computes in `dtype`.
+    """Float32 weights for the optimizer of a model that computes in `dtype`.
 
-    An update of 5e-6 is below half a rounding step of most bfloat16 weights: added to them it is lost. It is added to
-    these instead, and the model gets them rounded. Gradients of several micro-batches are summed in float32 too.
-    Where `dtype` is float32 the model's own weights serve and nothing is copied; nor is it for weights that take no gradient.
+    For most bfloat16 weights, an update of 5e-6 is less than half a rounding step, so adding it would change
+    nothing. The optimizer therefore updates these float32 weights, and the model receives rounded copies. The
+    gradients of several micro-batches are summed in float32 too. If `dtype` is float32, the model's own
+    weights are used and nothing is copied. Weights that require no gradient are never copied.
 
     Args:
-        model: In float32; becomes `dtype`.
+        model: A float32 model, which is converted to `dtype`.
     """
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype):
@@ -26,15 +27,18 @@ class MasterWeights:
         self.parameters = self.weights
         if self.separate:
             self.parameters = [torch.nn.Parameter(w.detach().clone()) for w in self.weights]
-            self.release_gradients()
+            self.zero_grad()
             for w in model.parameters():  # not model.to(dtype), which would round the rotary frequencies too
                 w.data = w.data.to(dtype)
             model.config.dtype = dtype
-            if llama.fits(model):
+            if llama.is_supported(model):
                 llama.join_weights(model)
 
-    def accumulate_gradients(self) -> None:
-        """Add the model's gradients to the masters' and free them; call it after each backward."""
+    def take_gradients(self) -> None:
+        """Add the model's gradients to those of the master weights, and free the model's.
+
+        Call this after each backward pass.
+        """
         if not self.separate:
             return
         for master, weight in zip(self.parameters, self.weights, strict=True):
@@ -45,11 +49,12 @@ class MasterWeights:
                     master.grad += weight.grad
                 weight.grad = None
 
-    def release_gradients(self) -> None:
-        """Begin at no gradient; call it after each optimizer step.
+    def zero_grad(self) -> None:
+        """Reset the master weights' gradients. Call this after each optimizer step.
 
-        On a CPU their memory stays theirs: taken anew in the midst of an update, it cuts up what activations come back to,
-        and the heap grows: by 0.2 GB for the embedded model.
+        On a CPU, the memory of the gradients is kept. Allocating it again in the middle of an update would
+        fragment the memory that freed activations leave behind, and the heap would grow (by 0.2 GB for the
+        bundled model).
         """
         for p in self.parameters:
             if not self.separate or p.device.type != "cpu":
@@ -61,24 +66,14 @@ class MasterWeights:
 
     @torch.no_grad()
     def write_back(self) -> None:
-        """Round the masters into the model; call it after each optimizer step."""
+        """Copy the master weights, rounded, into the model. Call this after each optimizer step."""
         if self.separate:
             torch._foreach_copy_(self.weights, self.parameters)
 
     def restore(self, model: PreTrainedModel) -> None:
-        """Make the model float32 again, on the CPU, with the masters as its trained weights: for merging without rounding."""
+        """Make the model float32 on the CPU, with the master weights, so LoRA is merged without rounding."""
         for p in model.parameters():
             p.data = p.data.to("cpu", torch.float32)
         for master, weight in zip(self.parameters, self.weights, strict=True):
             weight.data = master.data.cpu()
         model.config.dtype = torch.float32
-
-    @torch.no_grad()
-    def sample_values(self, per_tensor: int = 2048) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Evenly spaced (values, gradients) of every parameter that has a gradient, to see how many of them a step moves."""
-        picked = []
-        for p in self.parameters:
-            if p.grad is not None:
-                every = max(1, p.numel() // per_tensor)
-                picked.append((p.flatten()[::every].clone(), p.grad.flatten()[::every].clone()))
-        return picked

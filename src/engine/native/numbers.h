@@ -1,5 +1,6 @@
-// The numbers that all kernels compute with. T is what the model computes in, chosen at compile time (-DBFLOAT16 or float); sums,
-// means and exponentials are float32, and a result is rounded to T once.
+// Number formats and elementary functions for all kernels. T is the model's compute dtype, chosen at compile
+// time (bfloat16 with -DBFLOAT16, otherwise float). Sums, means and exponentials are float32, and each result
+// is rounded to T once.
 #pragma once
 
 #include <omp.h>
@@ -27,7 +28,7 @@ inline float wide(bfloat16 x) { return as_float(uint32_t(x.bits) << 16); }
 
 #ifdef BFLOAT16
 using T = bfloat16;
-inline T narrow(float x) {  // to the nearest, ties to even; nan stays nan
+inline T narrow(float x) {  // rounds to nearest, ties to even; NaN stays NaN
     uint32_t bits;
     std::memcpy(&bits, &x, sizeof bits);
     uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -38,12 +39,12 @@ using T = float;
 inline T narrow(float x) { return x; }
 #endif
 
-// e^x to 2 units in the last place: 2^k (1 + r + ...), |r| < ln 2 / 2. In plain arithmetic, so that loops of it become vectors.
-// Below -87 it is 0.
+// e^x, accurate to 2 units in the last place, as 2^k (1 + r + ...) with |r| < ln 2 / 2. It uses only plain
+// arithmetic, so the compiler can vectorize loops over it. Below -87 the result is 0.
 inline float fast_exp(float x) {
-    const float held = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
-    float k = std::nearbyint(held * 1.44269504f);
-    float r = held - k * 0.693359375f + k * 2.12194440e-4f;
+    const float clamped = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+    float k = std::nearbyint(clamped * 1.44269504f);
+    float r = clamped - k * 0.693359375f + k * 2.12194440e-4f;
     float p = 1.9875691e-4f;
     p = p * r + 1.3981999e-3f;
     p = p * r + 8.3334519e-3f;
@@ -57,10 +58,11 @@ inline float fast_exp(float x) {
 
 inline float sigmoid(float x) { return 1.0f / (1.0f + fast_exp(-x)); }
 
-// Rotary embedding of a head (e): x cos + (halves exchanged) sin, the sine with the sign of rotate_half; rounded to T. Written as
-// fused operations, so that it has the same bits wherever it is compiled into; `to` may be x.
-inline void rotate_head(const T* x, const float* cos, const float* sin, int64_t e, T* to) {
-    const int64_t half = e / 2;
+// Rotary embedding of one head: x cos + (x with its halves swapped) sin, rounded to T. `sin` already contains
+// the minus sign of rotate_half. The explicit fma makes the result bit-identical wherever this is inlined.
+// `to` may be x.
+inline void rotate_head(const T* x, const float* cos, const float* sin, int64_t head_dim, T* to) {
+    const int64_t half = head_dim / 2;
 #pragma omp simd
     for (int64_t j = 0; j < half; ++j) {
         const float front = wide(x[j]), back = wide(x[j + half]);

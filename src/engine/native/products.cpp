@@ -1,5 +1,6 @@
-// Products of bfloat16 matrices on the matrix units of x86 (AMX) with a float32 result, weights laid out once: what a decode step
-// is made of is reading its weights, and PyTorch gives such products as bfloat16 only.
+// bfloat16 matrix products with a float32 result, on the matrix units of x86 processors (AMX). A decode step
+// spends its time reading weights, so they are packed once, in the order in which they are read. The results
+// can stay float32, whereas PyTorch always rounds the results of such products to bfloat16.
 
 #include "numbers.h"
 
@@ -10,8 +11,8 @@
 
 namespace {
 
-constexpr int64_t ROWS = 16, DEPTH = 32;  // a tile of x is 16 rows of 32 entries, one of the weight 32 entries of 16 columns
-constexpr int64_t TILE = ROWS * DEPTH;  // entries
+// A tile of x has 16 rows of 32 entries. A tile of the weight has 32 entries of 16 columns.
+constexpr int64_t ROWS = 16, DEPTH = 32;
 
 struct alignas(64) TileShapes {
     uint8_t palette = 1, start_row = 0, reserved[14] = {0};
@@ -22,10 +23,13 @@ struct alignas(64) TileShapes {
     }
 };
 
-// Two by two tiles of the result at once: of four loads come four products.
-// x: 32 rows of depth entries; weight: two panels of tiles, depth * 16 entries each; to: 32 rows of 32. Meanwhile `lines` cache
-// lines for each step in depth are fetched from `ahead`, where the weights go on: the processor does not foresee them by itself.
-inline void two_by_two(const T* x, const T* weight, int64_t depth, float* to, const char* ahead, int64_t lines) {
+// Compute 2 x 2 tiles of the result, so that four loads feed four products.
+//
+// x has 32 rows of `depth` entries, `weight` has two panels of depth * 16 entries each, and `to` is 32 x 32.
+// Each step in depth also prefetches `lines` cache lines from `ahead`, which points to the next weights,
+// because the hardware prefetcher does not find them by itself.
+inline void two_by_two(const T* x, const T* weight, int64_t depth, float* to, const char* ahead,
+                       int64_t lines) {
     const T *lower = x + ROWS * depth, *next = weight + depth * ROWS;
     const int64_t stride = depth * sizeof(T);
     _tile_zero(0);
@@ -53,14 +57,14 @@ inline void two_by_two(const T* x, const T* weight, int64_t depth, float* to, co
 
 extern "C" {
 
-// Whether this process may use the matrix units; asks the system for them.
+// Ask the operating system for the matrix units. Returns whether this process may use them.
 int matrix_units() {
-    constexpr int ASK_FOR_FEATURE = 0x1023, TILE_DATA = 18;  // <asm/prctl.h>
-    return syscall(SYS_arch_prctl, ASK_FOR_FEATURE, TILE_DATA) == 0;
+    constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
 }
 
-// Weight (columns, depth) -> panels of 16 columns, each depth / 32 tiles in the order that the units read: of each pair of entries,
-// the 16 columns.
+// Weight (columns, depth) -> panels of 16 columns. A panel consists of depth / 32 tiles in the order in which
+// the matrix units read them: a pair of entries for all 16 columns, then the next pair, and so on.
 void pack_weight(const T* weight, T* to, int64_t columns, int64_t depth) {
 #pragma omp parallel for
     for (int64_t c = 0; c < columns; c += ROWS)
@@ -69,27 +73,32 @@ void pack_weight(const T* weight, T* to, int64_t columns, int64_t depth) {
                 std::memcpy(to + c * depth + k * ROWS + r * 2, weight + (c + r) * depth + k, 2 * sizeof(T));
 }
 
-// x (n, depth) times a packed weight (columns, depth), columns and depth multiples of 32, plus `bias` (columns) float32, if any
-// -> (n, columns), float32 in `wide_to` or rounded in `to`, whichever is given. A row's result does not depend on the others.
-void product(const T* x, const T* weight, const float* bias, float* wide_to, T* to, int64_t n, int64_t columns, int64_t depth) {
-    constexpr int64_t TOGETHER = 256;  // rows of x that stay in a core's cache
+// x (n, depth) times a packed weight (columns, depth) -> (n, columns). Adds `bias` (columns) float32 unless
+// it is null. Columns and depth are multiples of 32. The result is written either to `wide_to` in float32 or
+// to `to` in bfloat16; the other pointer is null. A row's result does not depend on the other rows.
+void multiply_packed(const T* x, const T* weight, const float* bias, float* wide_to, T* to, int64_t n,
+                     int64_t columns, int64_t depth) {
+    constexpr int64_t ROWS_AT_ONCE = 256;  // this many rows of x stay in a core's cache
     const TileShapes shapes;
-    std::vector<T> last(n % 32 ? 32 * depth : 0);  // rows that do not fill a tile, and zeros
+    std::vector<T> last(n % 32 ? 32 * depth : 0);  // the rows that do not fill a tile, padded with zeros
     std::copy(x + n / 32 * 32 * depth, x + n * depth, last.begin());
 #pragma omp parallel
     {
         _tile_loadconfig(&shapes);
         alignas(64) float result[32 * 32];
-        for (int64_t first = 0; first < n; first += TOGETHER) {
-            const int64_t stop = std::min(first + TOGETHER, n);
-            const int64_t lines = std::max<int64_t>(1, 32 / ((stop - first + 31) / 32));  // of the 32 that a step in depth takes
+        for (int64_t first = 0; first < n; first += ROWS_AT_ONCE) {
+            const int64_t stop = std::min(first + ROWS_AT_ONCE, n);
+            // A step in depth reads 32 cache lines of weights. The row tiles share the work of prefetching
+            // them.
+            const int64_t lines = std::max<int64_t>(1, 32 / ((stop - first + 31) / 32));
 #pragma omp for schedule(static) nowait
             for (int64_t c = 0; c < columns; c += 32)
                 for (int64_t i = first; i < stop; i += 32) {
                     const int64_t before = (i - first) / 32 * lines;
                     const T* ahead = weight + (c + 32) * depth + before * depth;
                     two_by_two(i + 32 > n ? last.data() : x + i * depth, weight + c * depth, depth, result,
-                               reinterpret_cast<const char*>(ahead), c + 32 < columns && before < 32 ? lines : 0);
+                               reinterpret_cast<const char*>(ahead),
+                               c + 32 < columns && before < 32 ? lines : 0);
                     for (int64_t r = 0; r < std::min<int64_t>(32, n - i); ++r) {
                         float* from = result + r * 32;
                         const int64_t place = (i + r) * columns + c;

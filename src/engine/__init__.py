@@ -1,0 +1,1 @@
+"""Fast sampling and gradients: decoders, packed log-probs, compiled CPU kernels, and memory planning."""
