@@ -1,4 +1,4 @@
-"""Standard output that a full disk does not turn into the end of a run."""
+"""Standard output that survives a full disk."""
 
 import contextlib
 import os
@@ -6,12 +6,12 @@ from typing import TextIO
 
 
 class PatientStream:
-    """Writes lines as they are complete, and keeps those for which there is no room (`python train.py > train.log`).
+    """Write complete lines, and keep them in memory while the disk is full (`python train.py > train.log`).
 
-    A pipe that nobody reads any longer still ends the program.
+    A pipe that nobody reads anymore still ends the program.
 
     Args:
-        stream: Of a file, a pipe or a terminal.
+        stream: A stream that writes to a file, a pipe or a terminal.
     """
 
     def __init__(self, stream: TextIO):
