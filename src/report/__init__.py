@@ -1,0 +1,1 @@
+"""report.html: a run's results on one page that opens from disk."""
