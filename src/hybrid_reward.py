@@ -1,38 +1,42 @@
-"""The hybrid reward: a verifier's verdict opens a band, the reward model's score says where in it a completion lies.
+"""The hybrid reward: the verdict selects a band, and the reward model's score selects the position within it.
 
-Source: HERO, "Hybrid Reinforcement: When Reward Is Sparse, It's Better to Be Dense" (arXiv:2510.07242), sections 3.1
-(stratified normalisation) and 3.2 (difficulty weight). All functions take floats and tensors alike.
+Source: HERO, "Hybrid Reinforcement: When Reward Is Sparse, It's Better to Be Dense" (arXiv:2510.07242),
+sections 3.1 (stratified normalization) and 3.2 (difficulty weight). The formulas accept both floats and
+tensors.
 """
 
 import math
-from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 
-Number = TypeVar("Number", float, torch.Tensor)
+FloatOrTensor = TypeVar("FloatOrTensor", float, torch.Tensor)
 
 
 def combine_hybrid_score(
-    verl_score: Number | float,
-    rm_score: Number,
-    min_rm: Number | float,
-    max_rm: Number | float,
+    verl_score: FloatOrTensor | float,
+    rm_score: FloatOrTensor,
+    min_rm: FloatOrTensor | float,
+    max_rm: FloatOrTensor | float,
     eps: float,
     alpha: float,
     beta: float,
-) -> Number:
-    """Place a reward-model score in the band of its verdict.
+) -> FloatOrTensor:
+    """Map a reward-model score into the band of its verdict.
 
-    n = (rm_score - min_rm) / (max_rm - min_rm + eps); a right answer earns (1 - beta) + 2 beta n, any other
-    -alpha + 2 alpha n. Scores outside [min_rm, max_rm] leave the band: clamp them first (`clamp_scores`).
+    With n = (rm_score - min_rm) / (max_rm - min_rm + eps), a right answer earns (1 - beta) + 2 beta n, and
+    any other answer -alpha + 2 alpha n. Scores outside [min_rm, max_rm] would leave the band, so clamp them
+    first (`clamp_scores`).
 
     Args:
         verl_score: The verifier's verdict, 1 = right; scalar or (B,).
         rm_score: The reward model's raw score; scalar or (B,).
-        min_rm, max_rm: Bounds of the reward model's scores: from the warmup, or one for each completion (`group_bounds`).
-        eps: Keeps n finite when both bounds are equal.
-        alpha, beta: Half-widths of the bands of wrong and of right answers.
+        min_rm, max_rm: Bounds of the reward model's scores: scalars from the warmup, or (B,) from
+            `group_bounds`.
+        eps: Keeps n finite if both bounds are equal.
+        alpha: Half-width of the band of wrong answers.
+        beta: Half-width of the band of right answers.
 
     Returns:
         r_hat, scalar or (B,).
@@ -50,25 +54,33 @@ def combine_hybrid_score(
     return right if verl_score == 1 else wrong
 
 
-def normalised_score(rm_score: Number, min_rm: Number | float, max_rm: Number | float, eps: float) -> Number:
-    """n of `combine_hybrid_score`, from 0 at the lower bound to just below 1 at the upper; scalar or (B,)."""
+def normalised_score(
+    rm_score: FloatOrTensor, min_rm: FloatOrTensor | float, max_rm: FloatOrTensor | float, eps: float
+) -> FloatOrTensor:
+    """n of `combine_hybrid_score`: 0 at the lower bound, just below 1 at the upper one; scalar or (B,)."""
     return (rm_score - min_rm) / (max_rm - min_rm + eps)
 
 
 def get_final_reward(
-    r_hat: Number, sigma_bar: Number | float, sigma_u: Number, w_min: float = 0.5, w_max: float = 2.0, k: float = 5.0
-) -> Number:
+    r_hat: FloatOrTensor,
+    sigma_bar: FloatOrTensor | float,
+    sigma_u: FloatOrTensor,
+    w_min: float = 0.5,
+    w_max: float = 2.0,
+    k: float = 5.0,
+) -> FloatOrTensor:
     """HERO's reward: r_hat weighted by the difficulty of its question (`--reward-scorer sigmoid`).
 
-    w = w_min + (w_max - w_min) / (1 + exp(-k (sigma_u - sigma_bar))): a question on which the reward model's scores
-    spread more than usual is worth more.
+    w = w_min + (w_max - w_min) / (1 + exp(-k (sigma_u - sigma_bar))), so a question counts for more if the
+    reward model's scores for it are more spread out than usual.
 
     Args:
         r_hat: From `combine_hybrid_score`; scalar or (B,).
         sigma_bar: Running mean of all sigma_u so far.
-        sigma_u: Standard deviation of the reward-model scores of the question's group; scalar or (B,). train.py takes the
-            scores held within the bounds, the only ones that r_hat knows.
-        w_min, w_max, k: Range and slope of the weight.
+        sigma_u: Standard deviation of the reward-model scores of the question's group; scalar or (B,).
+            `hybrid_rewards` computes it from the clamped scores, because r_hat depends only on those.
+        w_min, w_max: Range of the weight.
+        k: Slope of the weight.
 
     Returns:
         w * r_hat, scalar or (B,).
@@ -80,12 +92,18 @@ def get_final_reward(
 
 
 def get_our_final_reward(
-    r_hat: Number, sigma_bar: Number | float, sigma_u: Number | float, w_min: float = 0.5, w_max: float = 2.0, k: float = 5.0
-) -> Number:
-    """The experimental reward: r_hat weighted by itself (`--reward-scorer tanh`). sigma_bar, sigma_u and k are not read.
+    r_hat: FloatOrTensor,
+    sigma_bar: FloatOrTensor | float,
+    sigma_u: FloatOrTensor | float,
+    w_min: float = 0.5,
+    w_max: float = 2.0,
+    k: float = 5.0,
+) -> FloatOrTensor:
+    """The experimental reward: r_hat weighted by a function of itself (`--reward-scorer tanh`).
 
-    w = w_min + (w_max - w_min) tanh(r_hat^3). Not monotone: w * r_hat has its minimum at r_hat of about -0.437, so
-    with alpha = 0.5 the very worst completion earns slightly more than a merely bad one.
+    w = w_min + (w_max - w_min) tanh(r_hat^3). sigma_bar, sigma_u and k are not used. The reward is not
+    monotonic: w * r_hat has its minimum at an r_hat of about -0.437, so with alpha = 0.5 the very worst
+    completion earns slightly more than a merely bad one.
 
     Returns:
         w * r_hat, scalar or (B,).
@@ -94,76 +112,105 @@ def get_our_final_reward(
 
 
 def difficulty_weight(
-    sigma_bar: Number | float, sigma_u: Number, w_min: float = 0.5, w_max: float = 2.0, k: float = 5.0
-) -> Number:
-    """The weight of `get_final_reward`, by itself for the logs; scalar or (B,)."""
+    sigma_bar: FloatOrTensor | float, sigma_u: FloatOrTensor, w_min: float, w_max: float, k: float
+) -> FloatOrTensor:
+    """The weight of `get_final_reward` on its own, for the logs; scalar or (B,)."""
     x = k * (sigma_u - sigma_bar)
-    # The same sigmoid written so that exp() cannot overflow a Python float.
+    # For floats, the sigmoid is written with tanh(), because exp() could overflow.
     sigmoid = torch.sigmoid(x) if isinstance(x, torch.Tensor) else 0.5 * (1.0 + math.tanh(0.5 * x))
     return w_min + (w_max - w_min) * sigmoid
 
 
-def tanh_weight(r_hat: Number, w_min: float = 0.5, w_max: float = 2.0) -> Number:
-    """The weight of `get_our_final_reward`, by itself for the logs; scalar or (B,)."""
-    return w_min + (w_max - w_min) * (torch.tanh(r_hat**3) if isinstance(r_hat, torch.Tensor) else math.tanh(r_hat**3))
+def tanh_weight(r_hat: FloatOrTensor, w_min: float, w_max: float) -> FloatOrTensor:
+    """The weight of `get_our_final_reward` on its own, for the logs; scalar or (B,)."""
+    cube = r_hat**3
+    return w_min + (w_max - w_min) * (torch.tanh(cube) if isinstance(cube, torch.Tensor) else math.tanh(cube))
 
 
 def clamp_scores(
     rm_scores: torch.Tensor, min_rm: float | torch.Tensor, max_rm: float | torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hold scores within the calibrated bounds, so that no wrong answer can outrank a right one.
+    """Clamp scores (B,) to the calibrated bounds, so that no wrong answer can earn more than a right one.
 
     Returns:
-        The held scores (B,) and a (B,) bool that is true where a score was outside.
+        The clamped scores (B,), and a (B,) bool tensor that marks the scores outside the bounds.
     """
-    held = torch.clamp(rm_scores, torch.as_tensor(min_rm), torch.as_tensor(max_rm))
-    return held, held != rm_scores
+    clamped = torch.clamp(rm_scores, torch.as_tensor(min_rm), torch.as_tensor(max_rm))
+    return clamped, clamped != rm_scores
 
 
-def group_bounds(rm_scores: torch.Tensor, rule_rewards: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lowest and highest score among the completions of the same question and the same verdict (`--rm-bounds group`).
+def group_bounds(
+    rm_scores: torch.Tensor, rule_rewards: torch.Tensor, group_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lowest and highest score among the completions with the same question and the same verdict.
 
-    HERO's own bounds (section 3.1, "within verifier-defined groups"). Every band is then filled from end to end, whether its
-    scores differ much or by noise alone.
+    These are HERO's own bounds (section 3.1, "within verifier-defined groups"; `--rm-bounds group`). With
+    these bounds, the scores fill every band from end to end, whether they differ a lot or only by noise.
 
     Args:
-        rm_scores, rule_rewards: (B,), the completions of a question side by side; scores that are nan are left out.
+        rm_scores, rule_rewards: (B,), sorted by question, G for each. Scores that are nan are ignored.
         group_size: G.
 
     Returns:
-        Two (B,) tensors.
+        Two (B,) tensors: the lowest and the highest score. Both are 0 if all of those scores are nan.
     """
     scores, rules = rm_scores.view(-1, group_size), rule_rewards.view(-1, group_size)  # (Q, G)
     alike = rules[:, :, None] == rules[:, None, :]  # (Q, G, G)
     alike = alike & ~scores.isnan()[:, None, :]
     low = torch.where(alike, scores[:, None, :], torch.inf).amin(dim=2).flatten()
     high = torch.where(alike, scores[:, None, :], -torch.inf).amax(dim=2).flatten()
-    nothing = low > high
-    return low.masked_fill(nothing, 0.0), high.masked_fill(nothing, 0.0)
+    all_nan = low > high
+    return low.masked_fill(all_nan, 0.0), high.masked_fill(all_nan, 0.0)
 
 
 @dataclass
 class RunningMean:
-    """Mean of every value seen so far: sigma_bar. Part of a run's state."""
+    """Mean of all values seen so far."""
 
     mean: float = 0.0
     count: int = 0
 
     def update(self, values: torch.Tensor) -> float:
-        """Take in a tensor of values, any shape; returns the new mean."""
+        """Add the values of a tensor of any shape, and return the new mean."""
         self.count += values.numel()
         self.mean += (values.double().sum().item() - values.numel() * self.mean) / self.count
         return self.mean
 
 
-class HybridRewards(NamedTuple):
-    """Every part of the rewards of B completions; tensors are (B,)."""
+@dataclass
+class Calibration:
+    """What a run has learned about its reward model's scores, in the units of those scores."""
 
-    rm_scores: torch.Tensor  # raw; the middle of the bounds where scoring failed
-    rm_clamped: torch.Tensor  # bool, the score was outside the bounds
-    n: torch.Tensor  # the score's place between the bounds, from 0 to 1
-    sigma_u: torch.Tensor  # std of the group's scores
-    r_hat: torch.Tensor  # the verdict alone or n alone where reward_mode is not hybrid
+    min_rm: float = 0.0  # lowest score of the warmup
+    max_rm: float = 0.0  # highest score of the warmup
+    sigma_bar: RunningMean = field(default_factory=RunningMean)  # mean sigma_u of all questions so far
+
+
+@dataclass(frozen=True)
+class RewardSettings:
+    """How rewards are computed. main() in train.py explains the fields, which are its parameters."""
+
+    reward_mode: str  # "hybrid", "verifier" or "rm"
+    reward_scorer: str  # "sigmoid" or "tanh"
+    rm_bounds: str  # "warmup" or "group"
+    alpha: float
+    beta: float
+    eps: float
+    w_min: float
+    w_max: float
+    k: float
+
+
+@dataclass(frozen=True)
+class HybridRewards:
+    """Every part of the rewards of B completions. All tensors are (B,)."""
+
+    rule_rewards: torch.Tensor  # 1 = right, 0 = anything else
+    rm_scores: torch.Tensor  # raw; the middle of the bounds if scoring failed
+    rm_clamped: torch.Tensor  # bool, whether the score was outside the bounds
+    n: torch.Tensor  # where the score lies between the bounds, from 0 to 1
+    sigma_u: torch.Tensor  # std of the group's clamped scores
+    r_hat: torch.Tensor  # in mode verifier only the verdict, in mode rm only n
     weights: torch.Tensor
     rewards: torch.Tensor  # weights * r_hat
 
@@ -172,51 +219,45 @@ def hybrid_rewards(
     rule_rewards: torch.Tensor,
     rm_scores: torch.Tensor,
     group_size: int,
-    *,
-    min_rm: float,
-    max_rm: float,
-    rm_bounds: str,
-    alpha: float,
-    beta: float,
-    eps: float,
-    reward_mode: str,
-    reward_scorer: str,
-    w_min: float,
-    w_max: float,
-    k: float,
-    sigma_bar: RunningMean,
+    settings: RewardSettings,
+    calibration: Calibration,
 ) -> HybridRewards:
-    """From verdicts and scores to rewards; takes the sigma_u of these groups into `sigma_bar`, then weights by it.
+    """Turn verdicts and scores into rewards, after updating sigma_bar with the sigma_u of these groups.
 
-    sigma_u is the std (n - 1) of the group's scores after they are held within the bounds, in units of the reward model.
-    A completion that the reward model failed on gets a neutral score, halfway between the bounds.
+    sigma_u is the std (n - 1) of a group's scores after they are clamped to the bounds, in the units
+    of the scores. A completion that the reward model failed to score gets a neutral score, halfway between
+    the bounds.
 
     Args:
-        rule_rewards, rm_scores: (B,) float32, the completions of a question side by side; a score is nan where it failed.
+        rule_rewards, rm_scores: (B,) float32, sorted by question, G for each. A failed score is nan.
         group_size: G.
-        min_rm, max_rm: Bounds of the scores; read where `rm_bounds` is "warmup".
-        sigma_bar: Changed in place.
-        rm_bounds, alpha, beta, eps, reward_mode, reward_scorer, w_min, w_max, k: As in train.py's main().
+        settings: How to combine verdicts and scores.
+        calibration: The bounds, used if rm_bounds is "warmup", and sigma_bar, which is updated in place.
     """
-    if rm_bounds == "warmup":
-        low, high = torch.full_like(rm_scores, min_rm), torch.full_like(rm_scores, max_rm)
+    if settings.rm_bounds == "warmup":
+        low = torch.full_like(rm_scores, calibration.min_rm)
+        high = torch.full_like(rm_scores, calibration.max_rm)
     else:
-        strata = rule_rewards if reward_mode == "hybrid" else torch.zeros_like(rule_rewards)
+        strata = rule_rewards if settings.reward_mode == "hybrid" else torch.zeros_like(rule_rewards)
         low, high = group_bounds(rm_scores, strata, group_size)
     rm_scores = torch.where(rm_scores.isnan(), 0.5 * (low + high), rm_scores)
-    held, rm_clamped = clamp_scores(rm_scores, low, high)
-    n = normalised_score(held, low, high, eps)
-    group_sigma = held.view(-1, group_size).std(dim=1)  # (Q,)
-    sigma_bar.update(group_sigma)
+    clamped, rm_clamped = clamp_scores(rm_scores, low, high)
+    n = normalised_score(clamped, low, high, settings.eps)
+    group_sigma = clamped.view(-1, group_size).std(dim=1)  # (Q,)
+    sigma_bar = calibration.sigma_bar.update(group_sigma)
     sigma_u = group_sigma.repeat_interleave(group_size)  # (B,)
-    r_hat = combine_hybrid_score(rule_rewards, held, low, high, eps, alpha, beta)
-    if reward_mode != "hybrid":
-        r_hat = rewards = rule_rewards if reward_mode == "verifier" else n
+    weight_range = (settings.w_min, settings.w_max)
+    if settings.reward_mode != "hybrid":
+        r_hat = rewards = rule_rewards if settings.reward_mode == "verifier" else n
         weights = torch.ones_like(r_hat)
-    elif reward_scorer == "sigmoid":
-        weights = difficulty_weight(sigma_bar.mean, sigma_u, w_min, w_max, k)
-        rewards = get_final_reward(r_hat, sigma_bar.mean, sigma_u, w_min, w_max, k)
     else:
-        weights = tanh_weight(r_hat, w_min, w_max)
-        rewards = get_our_final_reward(r_hat, sigma_bar.mean, sigma_u, w_min, w_max, k)
-    return HybridRewards(rm_scores, rm_clamped, n, sigma_u, r_hat, weights, rewards)
+        r_hat = combine_hybrid_score(
+            rule_rewards, clamped, low, high, settings.eps, settings.alpha, settings.beta
+        )
+        if settings.reward_scorer == "sigmoid":
+            weights = difficulty_weight(sigma_bar, sigma_u, *weight_range, settings.k)
+            rewards = get_final_reward(r_hat, sigma_bar, sigma_u, *weight_range, settings.k)
+        else:
+            weights = tanh_weight(r_hat, *weight_range)
+            rewards = get_our_final_reward(r_hat, sigma_bar, sigma_u, *weight_range)
+    return HybridRewards(rule_rewards, rm_scores, rm_clamped, n, sigma_u, r_hat, weights, rewards)

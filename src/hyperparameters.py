@@ -1,92 +1,121 @@
-"""What main()'s parameters may be, alone and together."""
+"""Check the values of main()'s parameters, each on its own and in combination."""
 
 import math
-from typing import Any
+from dataclasses import fields
+from types import SimpleNamespace
+from typing import Any, NoReturn, TypeVar
 
+import torch
+
+from src import console
 from src.errors import InputError
-from src.trackers import check_trackers, chosen_trackers
+from src.run.trackers import check_trackers, chosen_trackers
+
+T = TypeVar("T")
+
+MINIMUM = dict(
+    epochs=1, train_batch_size=1, micro_batch_size=1, epochs_per_step=1, rollouts_per_step=1, max_length=2,
+    warmup_samples=1, checkpoint_interval=1, keep_checkpoints=0, eval_interval=0, eval_samples=0, seed=0,
+    lora_rank=0, max_skipped_updates=1, sample_interval=0,
+)  # fmt: skip
+ABOVE_0 = ("lr", "max_norm", "eps", "temperature")
+AT_LEAST_0 = ("weight_decay", "kl_weight", "alpha", "beta", "w_min", "w_max", "k")
 
 
-def check_hyperparameters(**h: Any) -> None:
-    """Refuse what cannot work, before anything loads. Takes main()'s parameters by name."""
+def select(record: type[T], args: SimpleNamespace, **others: Any) -> T:
+    """Build a settings record, such as `Sampling`, from the parameters of main() that match its field names.
 
-    def refuse(name: str, rule: str) -> None:
-        raise InputError(f"--{name.replace('_', '-')} {h[name]}: {rule}")
-
-    at_least = dict(
-        epochs=1, train_batch_size=1, micro_batch_size=1, epochs_per_step=1, rollouts_per_step=1, max_length=2,
-        warmup_samples=1, checkpoint_interval=1, keep_checkpoints=0, eval_interval=0, eval_samples=0, seed=0, lora_rank=0,
-        max_skipped_updates=1, sample_interval=0,
-    )  # fmt: skip
-    for name, least in at_least.items():
-        if h[name] < least:
-            refuse(name, f"must be at least {least}")
-    for name in ("max_steps", "max_new_tokens"):
-        if h[name] is not None and h[name] < 1:
-            refuse(name, "must be at least 1; leave it out for no limit")
-    if h["group_size"] < 2:
-        refuse("group_size", "must be at least 2: an advantage compares the completions of a group")
-    for name in ("lr", "max_norm", "eps", "temperature"):
-        if not 0 < h[name] < math.inf:
-            way_out = "; for greedy answers see --eval-data" if name == "temperature" else ""
-            refuse(name, f"must be a finite number above 0{way_out}")
-    for name in ("weight_decay", "kl_weight", "alpha", "beta", "w_min", "w_max", "k"):
-        if not 0 <= h[name] < math.inf:
-            refuse(name, "must be a finite number, 0 or more")
-    if h["seed"] >= 2**32:
-        refuse("seed", "must be below 2**32")
-    if h["eval_interval"] and not h["eval_data"]:
-        refuse("eval_interval", "needs --eval-data, the problems to evaluate on")
-    if h["eval_only"] and not h["eval_data"]:
-        raise InputError("--eval-only: needs --eval-data, the problems to evaluate on")
-    if h["eval_only"] and h["resume"]:
-        refuse("resume", "does not go with --eval-only; name the checkpoint to evaluate with --model-name")
-    if h["eval_against"] and not h["eval_only"]:
-        refuse("eval_against", "needs --eval-only, which compares it with --model-name")
-    if not 0 < h["top_p"] <= 1:
-        refuse("top_p", "must be above 0 and at most 1 (1 = sample from all tokens)")
-    if not 0 < h["clip_eps"] < 1:
-        refuse("clip_eps", "must be between 0 and 1, for example 0.2")
-    if h["w_min"] > h["w_max"]:
-        refuse("w_min", f"must not be above --w-max {h['w_max']}")
-    batch = h["rollouts_per_step"] * h["group_size"]
-    if batch % h["train_batch_size"]:
-        refuse(
-            "train_batch_size",
-            f"must divide --rollouts-per-step {h['rollouts_per_step']} x --group-size {h['group_size']} = {batch} completions; "
-            f"for example {math.gcd(batch, h['train_batch_size'])}",
-        )
-    if h["reward_model_8bit"] and h["reward_model_device"] == "offload":
-        refuse("reward_model_device", "does not go with --reward-model-8bit; int8 halves the memory, offload frees it in turns")
-    warn_of_rewards(h)
-    if not h["eval_only"]:
-        check_trackers(chosen_trackers(h["tracker"], h["wandb_project"]))
+    Args:
+        args: main()'s parameters.
+        others: Values of the fields that are not parameters of main().
+    """
+    # The type is ignored because mypy does not know that `record` is a dataclass.
+    names = [f.name for f in fields(record) if f.name not in others]  # type: ignore[arg-type]
+    return record(**{name: getattr(args, name) for name in names}, **others)
 
 
-def warn_of_rewards(h: dict) -> None:
-    """Say so where a wrong answer can earn more than a right one, or a worse one more than a better one."""
-    if h["alpha"] + h["beta"] > 1:
-        print(
-            f"warning: --alpha {h['alpha']} + --beta {h['beta']} is above 1, so the bands overlap and a wrong answer can earn "
-            "more than a right one; keep the sum at 1 or below",
-            flush=True,
-        )
-    lowest = h["w_min"] + (h["w_max"] - h["w_min"]) * math.tanh(-(h["alpha"] ** 3))
-    if h["reward_scorer"] == "tanh" and h["reward_mode"] == "hybrid" and lowest < 0:
-        print(
-            f"warning: --reward-scorer tanh --alpha {h['alpha']}: the worst answers have the negative weight {lowest:.2f}, so "
-            "they earn a positive reward; lower --alpha or raise --w-min",
-            flush=True,
-        )
+def check_hyperparameters(args: SimpleNamespace) -> None:
+    """Reject values that cannot work, before anything loads, and warn about rewards with surprising effects.
 
-
-def check_processes(processes: int, rollouts_per_step: int) -> None:
-    """Refuse a number of processes among which the questions of a step cannot be shared out evenly.
+    Args:
+        args: main()'s parameters.
 
     Raises:
-        InputError: It is such a number.
+        InputError: A value cannot work. The message gives the value, the rule and the way out.
     """
-    if rollouts_per_step % processes:
-        raise InputError(
-            f"--rollouts-per-step {rollouts_per_step}: must be a multiple of the {processes} processes; each samples whole groups"
+    _check_ranges(args)
+    _check_combinations(args)
+    _warn_about_rewards(args)
+    if not args.eval_only:
+        check_trackers(chosen_trackers(args.tracker, args.wandb_project))
+
+
+def _refuse(args: SimpleNamespace, name: str, rule: str) -> NoReturn:
+    raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: {rule}")
+
+
+def _check_ranges(args: SimpleNamespace) -> None:
+    for name, minimum in MINIMUM.items():
+        if getattr(args, name) < minimum:
+            _refuse(args, name, f"must be at least {minimum}")
+    for name in ("max_steps", "max_new_tokens"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            _refuse(args, name, "must be at least 1; leave it out for no limit")
+    if args.group_size < 2:
+        _refuse(args, "group_size", "must be at least 2: an advantage compares the completions of a group")
+    for name in ABOVE_0:
+        if not 0 < getattr(args, name) < math.inf:
+            way_out = "; for greedy answers see --eval-data" if name == "temperature" else ""
+            _refuse(args, name, f"must be a finite number above 0{way_out}")
+    for name in AT_LEAST_0:
+        if not 0 <= getattr(args, name) < math.inf:
+            _refuse(args, name, "must be a finite number, 0 or more")
+    if args.seed >= 2**32:
+        _refuse(args, "seed", "must be below 2**32")
+    if not 0 < args.top_p <= 1:
+        _refuse(args, "top_p", "must be above 0 and at most 1 (1 = sample from all tokens)")
+    if not 0 < args.clip_eps < 1:
+        _refuse(args, "clip_eps", "must be between 0 and 1, for example 0.2")
+
+
+def _check_combinations(args: SimpleNamespace) -> None:
+    if args.eval_interval and not args.eval_data:
+        _refuse(args, "eval_interval", "needs --eval-data, the problems to evaluate on")
+    if args.eval_only and not args.eval_data:
+        raise InputError("--eval-only: needs --eval-data, the problems to evaluate on")
+    if args.eval_only and args.resume:
+        _refuse(
+            args, "resume", "cannot be used with --eval-only; pass the checkpoint to evaluate as --model-name"
+        )
+    if args.eval_against and not args.eval_only:
+        _refuse(args, "eval_against", "needs --eval-only, which compares it with --model-name")
+    if args.w_min > args.w_max:
+        _refuse(args, "w_min", f"must not be above --w-max {args.w_max}")
+    batch = args.rollouts_per_step * args.group_size
+    if batch % args.train_batch_size:
+        _refuse(
+            args,
+            "train_batch_size",
+            f"must divide --rollouts-per-step {args.rollouts_per_step} x --group-size {args.group_size} "
+            f"= {batch} completions; for example {math.gcd(batch, args.train_batch_size)}",
+        )
+    if args.reward_model_8bit and args.reward_model_device == "offload":
+        rule = "cannot be used with --reward-model-8bit: an int8 model cannot be offloaded"
+        _refuse(args, "reward_model_device", rule)
+    if args.device != "auto" and not getattr(torch, args.device).is_available():
+        _refuse(args, "device", "PyTorch finds no such device on this machine; leave it at auto")
+
+
+def _warn_about_rewards(args: SimpleNamespace) -> None:
+    """Warn if a wrong answer can earn more than a right one, or a worse answer more than a better one."""
+    if args.alpha + args.beta > 1:
+        console.warn(
+            f"--alpha {args.alpha} + --beta {args.beta} is above 1, so the bands overlap and a wrong answer "
+            "can earn more than a right one; keep the sum at 1 or below"
+        )
+    lowest = args.w_min + (args.w_max - args.w_min) * math.tanh(-(args.alpha**3))
+    if args.reward_scorer == "tanh" and args.reward_mode == "hybrid" and lowest < 0:
+        console.warn(
+            f"--reward-scorer tanh --alpha {args.alpha}: the worst answers have the negative weight "
+            f"{lowest:.2f}, so they earn a positive reward; lower --alpha or raise --w-min"
         )

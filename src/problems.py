@@ -1,88 +1,130 @@
-"""Problems: read from a file or the hub, checked, and put into the policy's chat template."""
+"""Problems: read from a file or the hub, checked, and rendered as prompts in the policy's chat template."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from src.errors import InputError
 from src.math_verifier import MathVerifier, ground_truth_of
+from src.models import conversation
 
 
-@dataclass
+@dataclass(frozen=True)
 class Problem:
     question: str
-    answer: str  # the ground truth; a GSM8K solution is reduced to what follows its ####
-    source: str  # where it stands, for messages
+    answer: str  # the ground truth; for a GSM8K solution, the part after ####
+    source: str  # where the problem was read from, for messages
+    prompt_ids: tuple[int, ...] = ()  # the question in the policy's chat template; from `with_prompts`
 
 
-def texts_of(problems: list[Problem]) -> tuple[list[str], list[str]]:
-    """Their questions, and their answers."""
-    return [p.question for p in problems], [p.answer for p in problems]
+def load_problems(args: SimpleNamespace, verifier: MathVerifier) -> tuple[list[Problem], list[Problem]]:
+    """Read and check the problems to train on, and the held-out ones.
 
-
-def read_prompts(data: str, flag: str) -> list[Problem]:
-    """Read problems from a JSONL file or, as hf:NAME[:CONFIG[:SPLIT]], a data set of the Hugging Face hub.
+    Args:
+        args: main()'s parameters. With --eval-only there are no problems to train on, and without --eval-data
+            no held-out ones.
+        verifier: Must be able to read every answer.
 
     Raises:
-        InputError: No such file or data set, a line that is not a JSON object, a record without question or answer, no
-            record at all.
+        InputError: A file cannot be read, an answer cannot be compared, or there are too few problems for a
+            step.
+    """
+    problems = [] if args.eval_only else read_problems(args.data, "--data")
+    eval_problems = read_problems(args.eval_data, "--eval-data") if args.eval_data else []
+    if len(problems) < args.rollouts_per_step and not args.eval_only:
+        raise InputError(
+            f"--data {args.data}: {len(problems)} problems, but --rollouts-per-step is "
+            f"{args.rollouts_per_step}; add problems or lower --rollouts-per-step"
+        )
+    check_answers(verifier, problems + eval_problems)
+    return problems, eval_problems
+
+
+def read_problems(data: str, flag: str) -> list[Problem]:
+    """Read problems from a JSONL file or, with hf:NAME[:CONFIG[:SPLIT]], from the Hugging Face hub.
+
+    Raises:
+        InputError: There is no such file or data set, a line is not a JSON object, a record lacks its
+            question or answer, or there are no records.
     """
     if data.startswith("hf:"):
-        records = [(f"{data}, row {i}", row) for i, row in enumerate(load_hub_data(data, flag), start=1)]
+        records = [(f"{data}, row {i}", row) for i, row in enumerate(_load_hub_data(data, flag), start=1)]
     else:
-        try:
-            lines = Path(data).read_text(encoding="utf-8-sig").split("\n")  # not splitlines: JSON strings may hold U+2028
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise InputError(
-                f"{flag} {data}: cannot be read ({reason}); give a JSONL file of {{'question', 'answer'}} records"
-            ) from None
-        records = []
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    records.append((f"{data}, line {number}", json.loads(line)))
-                except (ValueError, RecursionError) as error:  # not JSON, or more digits or brackets than Python reads
-                    raise InputError(
-                        f"{data}, line {number}: not JSON ({error}); each line must be one {{'question', 'answer'}} object"
-                    ) from None
+        records = read_records(Path(data), ("question", "answer"), flag)
     problems = []
     for source, record in records:
-        values = [record.get(key) if isinstance(record, dict) else None for key in ("question", "answer")]
-        for key, value in zip(("question", "answer"), values, strict=True):
-            if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
-                raise InputError(f"{source}: no {key!r}; each record must have a question and an answer, both text or numbers")
-        truth = ground_truth_of(str(values[1]))
+        question, answer = _texts(record, ("question", "answer"), source)
+        truth = ground_truth_of(answer)
         if not truth:
-            raise InputError(f"{source}: nothing follows the #### of the answer; put the final answer behind it")
-        problems.append(Problem(str(values[0]), truth, source))
+            raise InputError(f"{source}: nothing follows the #### of the answer; put the final answer there")
+        problems.append(Problem(question, truth, source))
     if not problems:
-        raise InputError(f"{flag} {data}: no problems in it; it must have at least one {{'question', 'answer'}} record")
+        raise InputError(
+            f"{flag} {data}: it contains no problems; add at least one {{'question', 'answer'}} record"
+        )
     return problems
 
 
-def check_answers(verifier: MathVerifier, problems: list[Problem]) -> None:
-    """Refuse problems whose answer no completion could ever equal.
+def read_records(
+    file: Path, keys: tuple[str, str], flag: str, allow_blank: bool = False
+) -> list[tuple[str, dict]]:
+    """Read the records of a JSONL file, each with its file and line, and check the values of two keys.
+
+    Args:
+        keys: The keys that must have text or numbers.
+        allow_blank: Accept blank text, such as an empty completion.
 
     Raises:
-        InputError: There is one.
+        InputError: The file cannot be read, a line is not JSON, or a record lacks text or a number for a key.
     """
-    reasons = verifier.prepare([p.answer for p in problems])
-    for problem, reason in zip(problems, reasons, strict=True):
-        if reason:
-            raise InputError(f"{problem.source}: its answer {problem.answer[:80]!r} cannot be compared with any: {reason}")
+    form = f"{{{keys[0]!r}, {keys[1]!r}}}"
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"{flag} {file}: cannot be read ({reason}); pass a JSONL file of {form} records"
+        ) from None
+    records = []
+    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: JSON strings can have U+2028
+        if not line.strip():
+            continue
+        source = f"{file}, line {number}"
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:  # not JSON, or too many digits or brackets
+            raise InputError(f"{source}: not JSON ({error}); each line must be one {form} object") from None
+        _texts(record, keys, source, allow_blank)
+        records.append((source, record))
+    return records
 
 
-def load_hub_data(data: str, flag: str) -> list[dict]:
-    """Rows of hf:NAME[:CONFIG[:SPLIT]]; the config named "main" where there are several and none is given; split train."""
+def _texts(record: object, keys: tuple[str, str], source: str, allow_blank: bool = False) -> list[str]:
+    """The values of two keys of a record, as text."""
+    values = [record.get(key) if isinstance(record, dict) else None for key in keys]
+    for key, value in zip(keys, values, strict=True):
+        invalid = isinstance(value, bool) or not isinstance(value, str | int | float)
+        if invalid or not (allow_blank or str(value).strip()):
+            raise InputError(
+                f"{source}: no {key!r}; each record must have {' and '.join(map(repr, keys))}, both text or "
+                "numbers"
+            )
+    return list(map(str, values))
+
+
+def _load_hub_data(data: str, flag: str) -> list[dict]:
+    """Rows of hf:NAME[:CONFIG[:SPLIT]]. SPLIT defaults to train, and CONFIG to main if there are several."""
     import datasets
 
     parts = data.removeprefix("hf:").split(":")
     if len(parts) > 3 or not parts[0]:
-        raise InputError(f"{flag} {data}: must be hf:NAME[:CONFIG[:SPLIT]], for example hf:openai/gsm8k:main:train")
+        raise InputError(
+            f"{flag} {data}: must be hf:NAME[:CONFIG[:SPLIT]], for example hf:openai/gsm8k:main:train"
+        )
     name, config, split = parts + [""] * (3 - len(parts))
     try:
         try:
@@ -91,35 +133,50 @@ def load_hub_data(data: str, flag: str) -> list[dict]:
             if config or "Config name is missing" not in str(error):
                 raise
             rows = datasets.load_dataset(name, "main", split=split or "train")
-    except Exception as error:  # datasets raises whatever its storage backend of the day raises
+    except Exception as error:  # datasets raises whatever its storage backend raises
         raise InputError(
-            f"{flag} {data}: could not be loaded ({type(error).__name__}: {error}); check the name and the network, "
-            "or give a JSONL file"
+            f"{flag} {data}: could not be loaded ({type(error).__name__}: {error}); check the name and the "
+            "network, or pass a JSONL file"
         ) from None
     return list(rows)
 
 
-def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, problems: list[Problem], system_prompt: str | None, max_length: int
-) -> list[list[int]]:
-    """Token ids of each question in the policy's chat template, ready for its answer.
+def check_answers(verifier: MathVerifier, problems: list[Problem]) -> None:
+    """Reject problems whose answers no completion could ever equal.
 
     Raises:
-        InputError: A prompt leaves no room for a completion.
+        InputError: An answer cannot be read; the message names the first one.
     """
-    head = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    encoded = []
+    reasons = verifier.prepare([p.answer for p in problems])
+    for problem, reason in zip(problems, reasons, strict=True):
+        if reason:
+            raise InputError(
+                f"{problem.source}: its answer {problem.answer[:80]!r} cannot be compared: {reason}"
+            )
+
+
+def with_prompts(
+    problems: list[Problem], tokenizer: PreTrainedTokenizerBase, system_prompt: str | None, max_length: int
+) -> list[Problem]:
+    """Add prompts to problems: each question rendered in the policy's chat template.
+
+    Raises:
+        InputError: The template rejects the conversation, or a prompt leaves no room for a completion.
+    """
+    prompted = []
     for problem in problems:
-        messages = [*head, {"role": "user", "content": problem.question}]
+        messages = conversation(problem.question, system_prompt)
         try:
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except TemplateError as error:
-            raise InputError(f"the model's chat template refuses the conversation ({error}); leave --system-prompt out") from None
-        ids = tokenizer.encode(text, add_special_tokens=False)  # the template has written the special tokens
+            raise InputError(
+                f"the model's chat template rejects the conversation ({error}); leave --system-prompt out"
+            ) from None
+        ids = tokenizer.encode(text, add_special_tokens=False)  # the template already added special tokens
         if len(ids) >= max_length:
             raise InputError(
-                f"{problem.source}: the prompt has {len(ids)} tokens, which leaves no room within --max-length {max_length}; "
-                "raise it or remove the problem"
+                f"{problem.source}: the prompt has {len(ids)} tokens, which leaves no room within "
+                f"--max-length {max_length}; raise the limit or remove the problem"
             )
-        encoded.append(ids)
-    return encoded
+        prompted.append(replace(problem, prompt_ids=tuple(ids)))
+    return prompted

@@ -1,0 +1,301 @@
+"""Preparations for training: the device, the processes, the memory plan, and the reward model."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from src import console, models, parallel
+from src.engine.memory import (
+    ModelSize,
+    Plan,
+    bound_product_cache,
+    check_fits,
+    free_memory,
+    keep_freed_memory,
+    measure,
+)
+from src.errors import InputError
+from src.hub import EMBEDDED, embedded_folder, resolve
+from src.problems import Problem
+from src.reward_model import ACEMATH, AceRewardModel, system_prompt_for
+from src.run.trackers import chosen_trackers
+
+CPU = torch.device("cpu")
+NO_REWARD_MODEL = "there is no reward model, so only the verifier decides"
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Devices and processes
+
+
+def start(args: SimpleNamespace) -> Accelerator:
+    """Set up device and processes, silence all processes but the first, and seed all random generators.
+
+    The accelerator wraps no model: train.py's `update` sums the gradients of all processes itself.
+
+    Args:
+        args: main()'s parameters.
+
+    Raises:
+        InputError: The questions of a step cannot be split evenly, or another device is already set up.
+    """
+    trackers = chosen_trackers(args.tracker, args.wandb_project)
+    # Without a GPU and without cpu=True, accelerate would treat each of several processes as the only one.
+    on_cpu = args.device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    accelerator = Accelerator(cpu=on_cpu, log_with=trackers or None, project_dir=args.output)
+    check_processes(accelerator.num_processes, args.rollouts_per_step)
+    if not accelerator.is_main_process:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (stays open until the process ends)
+    set_seed(args.seed)
+    device = accelerator.device
+    if args.device not in ("auto", device.type):
+        raise InputError(
+            f"--device {args.device}: accelerate uses {device.type}; if it was set up earlier in this Python "
+            "process, start a new process"
+        )
+    if device.type == "cpu":
+        keep_freed_memory()
+        bound_product_cache()
+    transformers.utils.logging.disable_progress_bar()  # hides the bars for loading weights, not for downloads
+    return accelerator
+
+
+def check_processes(processes: int, rollouts_per_step: int) -> None:
+    """Reject a number of processes among which the questions of a step cannot be split evenly.
+
+    Raises:
+        InputError: The number of questions is not a multiple of the number of processes.
+    """
+    if rollouts_per_step % processes:
+        raise InputError(
+            f"--rollouts-per-step {rollouts_per_step}: must be a multiple of the {processes} processes, "
+            "each of which samples complete groups"
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The memory plan, and which reward model fits it
+
+
+def plan(
+    args: SimpleNamespace, problems: list[Problem], device: torch.device, dtype: torch.dtype
+) -> RewardModelChoice:
+    """Choose and place the reward model, print how much memory the run needs, and reject what cannot fit.
+
+    Nothing is loaded.
+
+    Args:
+        args: main()'s parameters.
+        problems: The training problems, with their prompts.
+        device, dtype: Where the policy computes, and in which dtype.
+
+    Raises:
+        InputError: The run cannot fit, or the reward model cannot be placed as requested.
+    """
+    skeleton = models.policy_skeleton(args.model_name, "--model-name", dtype, args.max_length)
+    if args.lora_rank:
+        models.add_lora(skeleton, args.lora_rank)
+    lengths = [len(problem.prompt_ids) for problem in problems]
+    memory = Plan(
+        measure(skeleton),
+        device.type,
+        completions=args.rollouts_per_step * args.group_size,
+        group_size=args.group_size,
+        micro_batch_size=args.micro_batch_size,
+        prompt_length=max(lengths),
+        completion_length=min(args.max_new_tokens or args.max_length, args.max_length - min(lengths)),
+        reference=args.kl_weight > 0 and not args.lora_rank,
+        gradient_checkpointing=args.gradient_checkpointing,
+    )
+    free = free_memory(device)
+    if args.reward_mode == "verifier":
+        choice = RewardModelChoice(None, "--reward-mode verifier")
+    else:
+        requested = (args.reward_model_name, args.reward_model_device, args.reward_model_8bit)
+        choice = choose_reward_model(
+            *requested, args.model_name, memory, device, dtype, free, free_memory(CPU)
+        )
+    if args.reward_mode == "rm" and choice.name is None:
+        raise InputError(
+            f"--reward-mode rm: there is no reward model ({choice.why}); choose one with --reward-model-name"
+        )
+
+    def with_lora() -> ModelSize:
+        models.add_lora(skeleton, 16)
+        return measure(skeleton)
+
+    can_be_8bit = choice.name not in (None, EMBEDDED) and not choice.load_in_8bit
+    check_fits(choice.added_to(memory), free, with_lora, choice.weights / 2 if can_be_8bit else 0.0)
+    return choice
+
+
+@dataclass(frozen=True)
+class RewardModelChoice:
+    """Which reward model a run uses, where, and in which dtype; from `choose_reward_model`."""
+
+    name: str | None  # None: only the verifier decides
+    why: str
+    placement: str = "device"  # see Plan.reward_placement
+    device: torch.device | None = None
+    dtype: torch.dtype = torch.float32
+    load_in_8bit: bool = False
+    weights: float = 0.0  # bytes
+    failed: bool = False  # True if it was requested but is not available
+
+    def where(self) -> str:
+        """The reward model's device and, if it is int8, its dtype, for messages."""
+        assert self.device is not None
+        places = {"device": self.device.type, "cpu": "cpu", "offload": f"{self.device.type} while it scores"}
+        return places[self.placement] + (", int8" if self.load_in_8bit else "")
+
+    def added_to(self, memory: Plan) -> Plan:
+        """The memory plan of a run with this reward model, given the plan of the run without one."""
+        return replace(memory, reward_weights=self.weights, reward_placement=self.placement)
+
+    def load(self) -> AceRewardModel:
+        assert self.name is not None and self.device is not None
+        prompt, offload = system_prompt_for(self.name), self.placement == "offload"
+        return AceRewardModel(
+            self.name, self.device, self.dtype, prompt, offload=offload, load_in_8bit=self.load_in_8bit
+        )
+
+
+def choose_reward_model(
+    requested: str,
+    placement: str,
+    load_in_8bit: bool,
+    policy_name: str,
+    memory: Plan,
+    device: torch.device,
+    dtype: torch.dtype,
+    free: float,
+    host_free: float,
+) -> RewardModelChoice:
+    """Resolve `--reward-model-name auto` and `--reward-model-device auto`, reading only configurations.
+
+    Args:
+        requested, placement, load_in_8bit: The flags' values.
+        policy_name: If it is "embedded", auto means the bundled reward model.
+        memory: The plan of the run without a reward model.
+        device, dtype: Where the policy computes, and in which dtype.
+        free, host_free: Free bytes on the device and in host memory.
+
+    Raises:
+        InputError: The requested placement is impossible.
+    """
+    if requested == "none":
+        return RewardModelChoice(None, "--reward-model-name none")
+    name, why = requested, "requested"
+    if requested == "auto":
+        if policy_name == EMBEDDED:
+            name, why = EMBEDDED, "auto: it comes with the embedded policy"
+        elif device.type == "cuda":
+            name, why = ACEMATH, "auto"
+        else:
+            return RewardModelChoice(None, f"auto: {ACEMATH} needs a GPU, and this run is on {device.type}")
+    places = _places(placement, requested != "auto", load_in_8bit, device)
+    if load_in_8bit and name == EMBEDDED:
+        raise InputError(
+            "--reward-model-8bit: the bundled reward model has no int8 version; leave the flag out (the "
+            "model takes only 0.3 GB)"
+        )
+    options = []
+    for place in places:
+        where, what = (CPU, models.pick_dtype(CPU, "auto")) if place == "cpu" else (device, dtype)
+        try:
+            weights = reward_model_bytes(name, what, load_in_8bit)
+        except InputError as error:
+            return RewardModelChoice(None, str(error), failed=True)
+        options.append(RewardModelChoice(name, why, place, where, what, load_in_8bit, weights))
+    if len(options) == 1 and requested != "auto":
+        return options[0]
+    in_host_memory = [o for o in options if o.placement == "device" or o.weights <= host_free]
+    for option in in_host_memory:
+        if option.added_to(memory).max_bytes() <= free:
+            return option
+    if name == EMBEDDED:
+        return options[0]
+    if requested != "auto":  # one that may fit, else one that `check_fits` rejects
+        return next((o for o in in_host_memory if o.added_to(memory).min_bytes() <= free), options[0])
+    needed = replace(memory, reward_weights=options[0].weights).max_bytes()
+    why = f"auto: {ACEMATH} and the policy need up to {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+    return RewardModelChoice(None, why)
+
+
+def _places(placement: str, named: bool, load_in_8bit: bool, device: torch.device) -> list[str]:
+    """The places where the reward model may go, best first, as in `RewardModelChoice.placement`.
+
+    Args:
+        placement, load_in_8bit: The flags' values.
+        named: Whether the user named the model, instead of leaving it at auto.
+        device: Where the policy computes.
+
+    Raises:
+        InputError: The placement is impossible on that device.
+    """
+    if placement in ("cuda", "offload") and device.type != "cuda":
+        raise InputError(f"--reward-model-device {placement}: this run is on {device.type}; leave it at auto")
+    if placement == "cuda" or device.type == "cpu":
+        return ["device"]
+    if placement != "auto":
+        return [placement]
+    places = ["device"]
+    if device.type == "cuda" and not load_in_8bit:
+        places.append("offload")
+    if named:  # a model of 7 billion weights takes minutes per step on the CPU
+        places.append("cpu")
+    return places
+
+
+def reward_model_bytes(name: str, dtype: torch.dtype, load_in_8bit: bool) -> float:
+    """Memory of a reward model's weights in bytes, from its configuration only.
+
+    Raises:
+        InputError: The model cannot be found.
+    """
+    flag = f"--reward-model-name {name}"
+    if name == EMBEDDED:
+        skeleton = models.skeleton(str(embedded_folder()), AutoModelForCausalLM, dtype, flag)
+        return float(skeleton.num_parameters() * dtype.itemsize)
+    path = resolve(name, "--reward-model-name")
+    skeleton = models.skeleton(path, AutoModelForSequenceClassification, dtype, flag, num_labels=1)
+    linear = [m for key, m in skeleton.named_modules() if isinstance(m, torch.nn.Linear) and key != "score"]
+    saved = sum(m.weight.numel() for m in linear) * (dtype.itemsize - 1) if load_in_8bit else 0
+    return float(skeleton.num_parameters() * dtype.itemsize - saved)
+
+
+def load_reward_model(choice: RewardModelChoice, reward_mode: str) -> AceRewardModel | None:
+    """Load the chosen reward model; None if only the verifier decides. Prints which model it is and why.
+
+    Raises:
+        InputError: Only some processes have room for it, or there is none and --reward-mode is rm.
+    """
+    console.say("Loading reward model and math verifier...")
+    reward_model = None
+    if choice.failed:
+        console.warn(f"{NO_REWARD_MODEL}: {choice.why}")
+    elif choice.name is None:
+        console.say(f"reward model: none, only the verifier decides ({choice.why})")
+    else:
+        try:
+            reward_model = choice.load()
+        except (InputError, RuntimeError) as error:  # usually not enough memory for it
+            console.warn(f"{NO_REWARD_MODEL}: {error}")
+        else:
+            console.say(f"reward model: {choice.name} on {choice.where()} ({choice.why})")
+    if len(set(parallel.gather([reward_model is None]))) > 1:
+        raise InputError(
+            "--reward-model-name: not every process has room for the reward model; see --reward-model-device"
+        )
+    if reward_mode == "rm" and reward_model is None:
+        raise InputError("--reward-mode rm: the reward model could not be loaded; see the reason above")
+    return reward_model
