@@ -1,13 +1,15 @@
-r"""Completions in the manner of small chat models, and whether a careful person would say that their final answer is right.
+"""Labeled completions in the style of small chat models.
 
-One line each: (completion, truth) or (completion, truth, question). Labelled by reading, before the verifier saw them.
+RIGHT has those whose final answer a careful person would accept, WRONG the others. Each entry is
+(completion, truth) or (completion, truth, question). They were labeled by reading, before the verifier saw
+them.
 """
 
 APPLES = "Tom has 5 apples and buys 3 more. How many apples does he have now?"
 SUM = "What is 5 + 3?"
 
 RIGHT = [
-    # bare
+    # bare answers
     ("8", "8"),
     ("8.", "8"),
     ("8.00", "8"),
@@ -151,14 +153,14 @@ RIGHT = [
     ("The area is 25 cm².", "25"),
     ("The area is 25 square meters.", "25"),
     ("It takes 3 hours.", "3 hours"),
-    # chat models that do not stop
+    # chat models that do not stop after their answer
     ("The answer is 8.<|im_end|>\n<|im_start|>user\nWhat is 9 + 9?", "8"),
     ("The answer is 8.</s>", "8"),
     ("The answer is 8.\n\nQuestion: What is 9 + 9?\nAnswer: 18", "8"),
     ("8\n\nUser: What is 9 + 9?\nAssistant: 18", "8"),
     ("5 + 3 = 8\n\n### Instruction: What is 9 + 9?\n18", "8", SUM),
     ("Question: What is 5 + 3?\nAnswer: 8", "8"),
-    # marked
+    # marked answers
     ("#### 8", "8"),
     ("#### 8.", "8"),
     ("#### 8.00", "8"),
@@ -207,7 +209,7 @@ RIGHT = [
     ("<answer>- 3</answer>", "-3"),
     ("<answer>eight</answer>", "8"),
     ("8", "She has 3 + 5 = 8 apples.\n#### 8"),
-    # not numbers
+    # answers that are not numbers
     ("yes", "Yes"),
     ("The answer is yes.", "yes"),
     (r"\boxed{\text{Tuesday}}", "Tuesday"),
@@ -245,7 +247,7 @@ RIGHT = [
 ]
 
 WRONG = [
-    # nothing there
+    # no answer
     ("", "8"),
     (" \n\t", "8"),
     ("no number here", "8"),
@@ -317,7 +319,7 @@ WRONG = [
     ("It takes 3 minutes.", "3 hours"),
     ("It costs 18 cents.", "18 dollars"),
     ("The rope is 5 km long.", "5 m"),
-    # the question, and arithmetic left to do
+    # the question again, and arithmetic that was not carried out
     ("What is 5 + 3?", "8", SUM),
     ("5 + 3", "8", SUM),
     ("The answer is 5 + 3.", "8", SUM),
@@ -365,7 +367,7 @@ WRONG = [
     ("The answer is 6. The answer is 7. The answer is 8. The answer is 9.", "9"),
     ("5 + 3 = 6. 5 + 3 = 7. 5 + 3 = 8.", "8", SUM),
     ("5 + 3 = 7 or 8.", "8", SUM),
-    # taken back
+    # retracted answers
     (r"\boxed{8} Wait, it should be 9.", "8"),
     (r"\boxed{8}. Actually, the answer is 9.", "8"),
     ("<answer>8</answer> No, the answer is 9.", "8"),
@@ -409,7 +411,7 @@ WRONG = [
     (r"\boxed{\frac{1}{0}}", "0"),
     ("1/0", "0"),
     ("8 sqrt", r"2\sqrt{3}"),
-    # what begins with the answer
+    # text that only starts with the answer
     (r"\boxed{8^-1}", "8"),
     (r"\boxed{\neq 8}", "8"),
     (r"\boxed{\phantom 8}", "8"),

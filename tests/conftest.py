@@ -1,8 +1,8 @@
-"""Tiny random models of the real architectures, saved to disk, so that the real loading code runs without a hub."""
+"""Fixtures: tiny random models of real architectures, saved so that the real loading code runs offline."""
 
 import os
 
-# Before anything reads them: no test may reach a network or Weights & Biases.
+# Set before anything reads them: no test may reach a network or Weights & Biases.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 
@@ -14,16 +14,22 @@ import pytest
 import torch
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForSequenceClassification
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForSequenceClassification,
+)
 
-settings.register_profile("here", deadline=None)  # a busy machine is no failure
-settings.load_profile("here")
+settings.register_profile("no-deadline", deadline=None)  # a busy machine must not fail a test
+settings.load_profile("no-deadline")
 
 ROOT = Path(__file__).resolve().parent.parent
 
 VOCABULARY = 259  # three special tokens and 256 bytes
 
-# TinyLlama-Chat's: pad, end of completion and turn separator are all </s>.
+# TinyLlama-Chat's template. Its padding, end of completion and turn separator are all </s>.
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
@@ -31,7 +37,10 @@ CHAT_TEMPLATE = (
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, and </s> for both padding and the end. Byte-level, as AutoTokenizer makes every Qwen 2 tokenizer."""
+    """A tokenizer with one token per byte, in which </s> is both padding and end.
+
+    It is byte-level because AutoTokenizer makes every Qwen 2 tokenizer byte-level.
+    """
     vocabulary = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(vocabulary)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -47,8 +56,8 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(autouse=True)
-def the_hub_is_asked_anew():
-    from src.models import _ask_hub
+def forget_what_the_hub_answered():
+    from src.hub import _ask_hub
 
     _ask_hub.cache_clear()
 
@@ -59,14 +68,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_policy(seed: int = 0, **config) -> LlamaForCausalLM:
-    """Random Llama, float32. Weights larger than usual, so that its distributions are far from uniform."""
+    """A random Llama in float32, with weights so large that its distributions are far from uniform."""
     torch.manual_seed(seed)
     settings = dict(
         vocab_size=VOCABULARY,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
-        num_attention_heads=2,  # of 16 entries, the smallest that src/native is compiled for
+        num_attention_heads=2,  # of size 16, the smallest that src/engine/native is compiled for
         num_key_value_heads=1,
         max_position_embeddings=512,
         initializer_range=0.2,
@@ -85,7 +94,7 @@ def policy() -> LlamaForCausalLM:
 
 @pytest.fixture(scope="session")
 def policy_folder(tmp_path_factory, tokenizer) -> Path:
-    """A saved random Llama with its tokenizer, as --model-name takes it."""
+    """A saved random Llama with its tokenizer, for --model-name."""
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"
     make_policy().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -93,7 +102,7 @@ def policy_folder(tmp_path_factory, tokenizer) -> Path:
 
 
 def make_reward_model() -> Qwen2ForSequenceClassification:
-    """Random Qwen2 sequence classifier with one label, AceMath-7B-RM's architecture."""
+    """A random Qwen2 sequence classifier with one label, the architecture of AceMath-7B-RM."""
     torch.manual_seed(1)
     config = Qwen2Config(
         vocab_size=VOCABULARY,
@@ -114,7 +123,7 @@ def make_reward_model() -> Qwen2ForSequenceClassification:
 
 @pytest.fixture(scope="session")
 def reward_model_folder(tmp_path_factory, tokenizer) -> Path:
-    """A saved random reward model with its tokenizer, as --reward-model-name takes it."""
+    """A saved random reward model with its tokenizer, for --reward-model-name."""
     folder = tmp_path_factory.mktemp("models") / "tiny-qwen2-rm"
     make_reward_model().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -123,7 +132,10 @@ def reward_model_folder(tmp_path_factory, tokenizer) -> Path:
 
 @pytest.fixture
 def tiny(policy_folder, tmp_path, monkeypatch) -> dict:
-    """Settings of main() for a run of seconds on the tiny policy; it draws no report, which would take as long again."""
+    """Settings of main() for a run of seconds on the tiny policy.
+
+    It writes no report, which would take as long again.
+    """
     monkeypatch.setattr("train.renew_report", lambda folder: None)
     return dict(
         model_name=str(policy_folder),
@@ -141,19 +153,29 @@ def tiny(policy_folder, tmp_path, monkeypatch) -> dict:
     )
 
 
-def all_log_probs(model, ids, mask, actions, temperature, group_size=1, size=64) -> torch.Tensor:
-    """(B, T-1) log-probs by the project's own path, pass by pass."""
-    from src.logprobs import completion_log_probs, micro_batches
+def as_samples(sequence_ids, attention_mask, action_mask, group_size=1, log_probs=None):
+    """Samples with these sequences; the log-probs default to 0."""
+    from src.engine.sampler import Samples
 
-    whole = torch.zeros(actions.shape)
-    for part in micro_batches(model, mask, actions, torch.arange(len(ids)), group_size, size):
-        of_part = completion_log_probs(model, ids, actions, part, temperature)
-        whole = whole.index_put((part.rows[:, None], torch.arange(part.width)[None]), of_part)
-    return whole
+    if log_probs is None:
+        log_probs = torch.zeros(action_mask.shape)
+    finished = torch.ones(len(action_mask), dtype=torch.bool)
+    return Samples(sequence_ids, attention_mask, action_mask, log_probs, finished, group_size)
+
+
+def all_log_probs(model, samples, temperature, size=64) -> torch.Tensor:
+    """Log-probs (B, T-1) as training computes them, pass by pass."""
+    from src.engine.logprobs import completion_log_probs, micro_batches
+
+    result = torch.zeros(samples.action_mask.shape)
+    for part in micro_batches(model, samples, torch.arange(len(result)), size):
+        log_probs = completion_log_probs(model, samples, part, temperature)
+        result = result.index_put((part.rows[:, None], torch.arange(part.width)[None]), log_probs)
+    return result
 
 
 def run_command(*arguments: str, timeout: float = 120, **kwargs) -> subprocess.CompletedProcess:
-    """Run a script of the repository as a user would, from another folder's point of view: by the repository's root."""
+    """Run Python with these arguments in the root of the repository, as a user would."""
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,
@@ -166,5 +188,5 @@ def run_command(*arguments: str, timeout: float = 120, **kwargs) -> subprocess.C
 
 
 def as_flags(settings: dict) -> list[str]:
-    """main()'s parameters as command-line flags."""
+    """Settings of main() as command-line flags."""
     return [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", str(value))]

@@ -1,5 +1,6 @@
-"""The fast decoder against the general one, which is the model's own forward, on every kind of model that it takes."""
+"""The fast decoders against the general one, which runs the model's own forward pass, on many models."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -7,13 +8,20 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, MistralConfig, Qwen2Config, Qwen3Config
 
-from src import decoder, kernels, llama
-from src.decoder import GeneralDecoder, LlamaDecoder, make_decoder
+from src.engine import decoder, kernels, llama
+from src.engine.decoder import LlamaDecoder
+from src.engine.general_decoder import GeneralDecoder
+from src.engine.sampler import make_decoder
 from tests.conftest import make_policy
 from tests.test_sampler import PROMPTS, run
 
 SMALL = dict(
-    vocab_size=80, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.2
+    vocab_size=80,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    initializer_range=0.2,
 )
 
 
@@ -22,7 +30,8 @@ def build(config):
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if name.endswith("bias") or "norm" in name:  # made as zeros and ones, which would hide a forgotten one
+            # These are initialized to zeros and ones, so forgetting one would not show.
+            if name.endswith("bias") or "norm" in name:
                 p.normal_()
     return model
 
@@ -49,15 +58,20 @@ MODELS = {
 
 
 @torch.no_grad()
-def both(model, prompts=PROMPTS, group_size=3, steps=6, leave_at=3):
-    """Logits of the two decoders, step by step, fed the same tokens; rows leave at `leave_at`, two steps later a whole group."""
+def both(model, prompts=PROMPTS, group_size=3, steps=6, drop_at=3):
+    """Logits of both decoders, step by step, for the same tokens.
+
+    Some rows are dropped at step `drop_at`, and all rows of some prompts two steps later.
+    """
+    if os.environ.get("HYBRID_GRPO_KERNELS") == "0":
+        pytest.skip("the fast decoder needs the compiled kernels")
     torch.manual_seed(1)
     rows = len(prompts) * group_size
     decoders = [GeneralDecoder(model), LlamaDecoder(model, rows, max(map(len, prompts)) + steps)]
     pairs = [tuple(d.prefill(prompts, group_size, 2) for d in decoders)]
     for step in range(steps):
-        if step in (leave_at, leave_at + 2):
-            keep = torch.tensor([0, 3, 4, 7, 8] if step == leave_at else [1, 2])[: max(1, rows // 2)]
+        if step in (drop_at, drop_at + 2):
+            keep = torch.tensor([0, 3, 4, 7, 8] if step == drop_at else [1, 2])[: max(1, rows // 2)]
             rows = len(keep)
             for d in decoders:
                 d.keep(keep)
@@ -69,52 +83,56 @@ def both(model, prompts=PROMPTS, group_size=3, steps=6, leave_at=3):
 @pytest.mark.parametrize("kind", MODELS)
 def test_the_fast_decoder_equals_the_general_one(kind):
     model = MODELS[kind]()
-    assert isinstance(make_decoder(model, 1, 1), LlamaDecoder)
     for general, fast in both(model):
         torch.testing.assert_close(fast, general, atol=1e-4, rtol=1e-5)
+    assert isinstance(make_decoder(model, 1, 1), LlamaDecoder)
 
 
-def test_completions_longer_than_a_block_of_keys():
-    for general, fast in both(make_policy(), steps=40, leave_at=17):
+def test_completions_may_be_longer_than_a_block_of_keys():
+    for general, fast in both(make_policy(), steps=40, drop_at=17):
         torch.testing.assert_close(fast, general, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("heads", [1, 2, 3, 4, 5, 6, 8])
-def test_any_number_of_queries_to_a_head_of_keys(heads):
-    for general, fast in both(make_policy(num_attention_heads=heads, hidden_size=16 * heads), steps=3, leave_at=1):
+def test_a_key_head_may_have_any_number_of_query_heads(heads):
+    model = make_policy(num_attention_heads=heads, hidden_size=16 * heads)
+    for general, fast in both(model, steps=3, drop_at=1):
         torch.testing.assert_close(fast, general, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("head_dim", kernels.HEAD_SIZES)
-def test_every_size_of_head_that_the_kernels_are_compiled_for(head_dim):
-    for general, fast in both(make_policy(head_dim=head_dim), steps=3, leave_at=1):
+def test_every_head_size_that_the_kernels_are_compiled_for_is_correct(head_dim):
+    for general, fast in both(make_policy(head_dim=head_dim), steps=3, drop_at=1):
         torch.testing.assert_close(fast, general, atol=1e-4, rtol=1e-5)
 
 
-def test_long_prompts_are_read_a_few_at_a_time(monkeypatch):
+def test_long_prompts_may_be_read_a_few_at_a_time(monkeypatch):
     monkeypatch.setattr(decoder, "PREFILL_TOKENS", 2 * max(map(len, PROMPTS)))
     for general, fast in both(make_policy()):
         torch.testing.assert_close(fast, general, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["grouped heads", "tied", "qwen2"])
-def test_in_bfloat16_it_is_as_near_to_float32_as_the_general_one(kind):
-    """Packed weights where the processor has them. Both round; neither may be off by more than twice the other's error."""
+def test_in_bfloat16_the_fast_decoder_is_about_as_close_to_float32_as_the_general_one(kind):
+    """Both round. The fast one, with packed weights if possible, may have at most twice the error."""
     exact = [general for general, _ in both(MODELS[kind]())]
     errors = [
-        [(a.float() - e).abs().mean() for a in pair] for pair, e in zip(both(MODELS[kind]().bfloat16()), exact, strict=True)
+        [(logits.float() - expected).abs().mean() for logits in pair]
+        for pair, expected in zip(both(MODELS[kind]().bfloat16()), exact, strict=True)
     ]
     general, fast = torch.tensor(errors).mean(dim=0)
     assert 0 < fast < 2 * general
 
 
-def test_models_that_compute_something_else_take_the_general_one():
+def test_models_that_compute_something_else_use_the_general_decoder():
     others = {
         "another family": build(GPT2Config(vocab_size=80, n_embd=32, n_layer=2, n_head=4)),
         "norms on queries and keys": build(Qwen3Config(**SMALL, num_key_value_heads=2)),
         "a sliding window": build(MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=8)),
         "some sliding windows": build(
-            Qwen2Config(**SMALL, num_key_value_heads=2, use_sliding_window=True, sliding_window=8, max_window_layers=1)
+            Qwen2Config(
+                **SMALL, num_key_value_heads=2, use_sliding_window=True, sliding_window=8, max_window_layers=1
+            )
         ),
         "biases everywhere": make_policy(attention_bias=True, mlp_bias=True),
         "another activation": make_policy(hidden_act="gelu"),
@@ -136,28 +154,28 @@ def test_models_that_compute_something_else_take_the_general_one():
         assert out.action_mask.any(), kind
 
 
-def test_the_sampler_gives_the_same_with_either(policy, monkeypatch):
-    policy.lm_head.weight.data[2] += 0.3  # rows leave at different times
+def test_the_sampler_returns_the_same_with_either_decoder(policy, monkeypatch):
+    policy.lm_head.weight.data[2] += 0.3  # rows finish at different times
     fast = run(policy, group_size=8)
-    monkeypatch.setattr(llama, "fits", lambda model: False)
+    monkeypatch.setattr(llama, "is_supported", lambda model: False)
     general = run(policy, group_size=8)
-    assert fast.completion_ids == general.completion_ids
+    assert fast.completion_ids() == general.completion_ids()
     torch.testing.assert_close(fast.log_probs, general.log_probs, atol=1e-5, rtol=0)
 
 
-def test_without_a_compiler_the_general_path_does_it_all(policy, monkeypatch):
+def test_the_general_decoder_replaces_the_fast_one_without_a_compiler(policy, monkeypatch):
     fast = run(policy, group_size=2)
     monkeypatch.setattr(kernels, "libraries", lambda: None)
     assert isinstance(make_decoder(policy, 1, 1), GeneralDecoder)
     general = run(policy, group_size=2)
-    assert fast.completion_ids == general.completion_ids
+    assert fast.completion_ids() == general.completion_ids()
     torch.testing.assert_close(fast.log_probs, general.log_probs, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
 def static_logits(model, prompts=PROMPTS, group_size=3, steps=6, compiled=False):
-    """Logits of the general and of the static decoder, step by step, fed the same tokens, in two batches one after the other."""
-    from src.static_decoder import StaticDecoder
+    """Logits of the general and the static decoder, step by step, for the same tokens, in two batches."""
+    from src.engine.static_decoder import StaticDecoder
 
     static, pairs = StaticDecoder(model, len(prompts) * group_size, 64), []
     if not compiled:
@@ -169,21 +187,28 @@ def static_logits(model, prompts=PROMPTS, group_size=3, steps=6, compiled=False)
         for _ in range(steps):
             token = torch.randint(3, 80, (len(prompts) * group_size,))
             pairs.append(tuple(d.step(token) for d in decoders))
-        model.lm_head.weight.data *= 1.1  # as training does, in place
+        model.lm_head.weight.data *= 1.1  # in place, as in training
         prompts = prompts[::-1]
     return pairs
 
 
 @pytest.mark.parametrize("kind", ["grouped heads", "tied", "qwen2", "another family"])
 def test_the_decoder_for_gpus_equals_the_general_one(kind):
-    """On a CPU, where it is not used; what a graph replays is the same step."""
-    model = build(GPT2Config(vocab_size=80, n_embd=32, n_layer=2, n_head=4)) if kind == "another family" else MODELS[kind]()
+    """Tested on a CPU, where it is not used otherwise. A graph replays the same step."""
+    model = (
+        build(GPT2Config(vocab_size=80, n_embd=32, n_layer=2, n_head=4))
+        if kind == "another family"
+        else MODELS[kind]()
+    )
     for general, static in static_logits(model):
         torch.testing.assert_close(static, general, atol=1e-4, rtol=1e-5)
 
 
-def test_the_step_for_gpus_compiles_once_and_whole(capsys):
-    """fullgraph: nothing in it goes back to Python. Two batches with other prompts and weights: one compilation."""
+def test_the_step_for_gpus_compiles_once_and_as_one_graph(capsys):
+    """Two batches with different prompts and weights share one compilation.
+
+    It uses fullgraph, so no part of the step returns to Python.
+    """
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     for general, static in static_logits(make_policy(), compiled=True):
@@ -194,51 +219,53 @@ def test_the_step_for_gpus_compiles_once_and_whole(capsys):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-def test_sampling_with_the_decoder_for_gpus_gives_the_same(policy, monkeypatch):
-    """Rows that have finished stay in the batch, and the sampler looks every few tokens only."""
-    from src import static_decoder
+def test_the_sampler_returns_the_same_with_the_decoder_for_gpus(policy, monkeypatch):
+    """Finished rows stay in the batch, and the sampler checks for them only every few tokens."""
+    from src.engine import static_decoder
 
     policy.lm_head.weight.data[2] += 0.3
     expected = run(policy, group_size=8)
-    monkeypatch.setattr(llama, "fits", lambda model: False)
-    monkeypatch.setattr(static_decoder, "fits", lambda model: True)
+    monkeypatch.setattr(llama, "is_supported", lambda model: False)
+    monkeypatch.setattr(static_decoder, "can_compile", lambda model: True)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     for _ in range(2):
         static = run(policy, group_size=8)
-        assert static.completion_ids == expected.completion_ids
+        assert static.completion_ids() == expected.completion_ids()
         assert torch.equal(static.finished, expected.finished)
         torch.testing.assert_close(static.log_probs, expected.log_probs, atol=1e-5, rtol=0)
 
 
-def test_the_decoder_for_gpus_serves_smaller_batches_and_is_made_anew_for_larger_ones_alone(policy, monkeypatch):
-    """Otherwise each evaluation's last batch, and the batch after it, would wait for a compilation."""
-    from src import static_decoder
+def test_the_decoder_for_gpus_is_reused_for_smaller_batches_and_replaced_only_for_larger_ones(
+    policy, monkeypatch
+):
+    """Otherwise the last batch of every evaluation, and the batch after it, would wait for a compilation."""
+    from src.engine import static_decoder
 
     policy.lm_head.weight.data[2] += 0.3
-    calls = [dict(group_size=8), dict(group_size=2), dict(group_size=8), dict(group_size=9), dict(group_size=1)]
-    expected = [run(policy, **call) for call in calls]
-    monkeypatch.setattr(llama, "fits", lambda model: False)
-    monkeypatch.setattr(static_decoder, "fits", lambda model: True)
+    group_sizes = [8, 2, 8, 9, 1]
+    expected = [run(policy, group_size=group_size) for group_size in group_sizes]
+    monkeypatch.setattr(llama, "is_supported", lambda model: False)
+    monkeypatch.setattr(static_decoder, "can_compile", lambda model: True)
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda function, **_: compiled.append(function) or function)
-    for call, wanted in zip(calls, expected, strict=True):
-        static = run(policy, **call)
-        assert static.completion_ids == wanted.completion_ids
-        torch.testing.assert_close(static.log_probs, wanted.log_probs, atol=1e-5, rtol=0)
+    for group_size, general in zip(group_sizes, expected, strict=True):
+        static = run(policy, group_size=group_size)
+        assert static.completion_ids() == general.completion_ids()
+        torch.testing.assert_close(static.log_probs, general.log_probs, atol=1e-5, rtol=0)
     assert len(compiled) == 2
-    assert static_decoder._decoders[policy].rows == 9 * len(PROMPTS)
+    assert static_decoder._saved_decoders[policy].max_rows == 9 * len(PROMPTS)
     longer = static_decoder.static_decoder(policy, 1, 1000)
-    assert (longer.rows, longer.columns) == (9 * len(PROMPTS), 1024)
+    assert (longer.max_rows, longer.max_columns) == (9 * len(PROMPTS), 1024)
 
 
-def test_where_memory_runs_out_the_cache_of_the_decoder_for_gpus_goes_and_the_next_is_smaller(policy, monkeypatch):
-    from src import static_decoder
-    from src.rollout import fit_memory
+def test_the_decoder_for_gpus_frees_its_cache_if_memory_runs_out_and_the_next_one_is_smaller(policy):
+    from src.engine import static_decoder
+    from src.engine.memory import fit_memory
 
     rows = []
 
     def attempt(size):
-        rows.append(static_decoder.static_decoder(policy, size, 64).rows)
+        rows.append(static_decoder.static_decoder(policy, size, 64).max_rows)
         if size > 4:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return size
@@ -247,10 +274,10 @@ def test_where_memory_runs_out_the_cache_of_the_decoder_for_gpus_goes_and_the_ne
     assert rows == [16, 8, 4]
 
 
-def test_whether_a_model_on_a_gpu_can_be_compiled_is_found_out(policy):
-    """Asked without a GPU too: torch has moved the function that knows, and every run on a GPU would have ended there."""
-    from src import static_decoder
+def test_can_compile_works_for_models_on_a_gpu(policy):
+    """Tested without a GPU too: torch once moved a function that this calls, which broke all GPU runs."""
+    from src.engine import static_decoder
 
     on_gpu = SimpleNamespace(device=torch.device("cuda"), config=policy.config)
-    assert static_decoder.fits(on_gpu) == torch.utils._triton.has_triton()
-    assert not static_decoder.fits(policy)
+    assert static_decoder.can_compile(on_gpu) == torch.utils._triton.has_triton()
+    assert not static_decoder.can_compile(policy)

@@ -1,4 +1,4 @@
-"""The arithmetic of GRPO against hand-worked cases and against verl's and TRL's own functions."""
+"""The arithmetic of GRPO, checked against values worked out by hand and against verl's functions."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from src.grpo import compute_advantages, kl_estimate, policy_loss, token_weights
 
 
 def random_tensors(seed: int, batch: int = 8, length: int = 6):
-    """log_probs, old_log_probs, advantages, action_mask (as in a real batch: a run of ones in each row)."""
+    """log_probs, old_log_probs, advantages, action_mask; in each row of the mask the ones are contiguous."""
     g = torch.Generator().manual_seed(seed)
     old = -3 * torch.rand(batch, length, generator=g)
     log_probs = old + 0.3 * torch.randn(batch, length, generator=g)
@@ -19,23 +19,23 @@ def random_tensors(seed: int, batch: int = 8, length: int = 6):
     return log_probs, old, torch.randn(batch, generator=g), mask
 
 
-# ------------------------------------------------------------------------------------------------------- advantages
+# ------------------------------------------------------------------------------------------------- advantages
 
 
 def test_advantages_by_hand():
     rewards = torch.tensor([1.0, 0.0, 0.0, 3.0, 3.0, 0.0])  # two groups of three, means 1/3 and 2
     none = compute_advantages(rewards, 3, "none")
     torch.testing.assert_close(none, torch.tensor([2 / 3, -1 / 3, -1 / 3, 1.0, 1.0, -2.0]))
-    # n - 1: group variances (4/9 + 1/9 + 1/9) / 2 = 1/3 and (1 + 1 + 4) / 2 = 3
+    # Group variances, with n - 1: (4/9 + 1/9 + 1/9) / 2 = 1/3 and (1 + 1 + 4) / 2 = 3.
     group = compute_advantages(rewards, 3, "group", eps=0.0)
     torch.testing.assert_close(group, none / torch.tensor([1 / 3, 3.0]).sqrt().repeat_interleave(3))
-    # the batch: mean 7/6, squares 19, variance (19 - 6 x 49/36) / 5
+    # The batch: mean 7/6, sum of squares 19, variance (19 - 6 x 49/36) / 5.
     batch = compute_advantages(rewards, 3, "batch", eps=0.0)
     torch.testing.assert_close(batch, none / ((19 - 6 * 49 / 36) / 5) ** 0.5)
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_group_scaled_advantages_equal_verls(seed):
+def test_advantages_scaled_by_group_or_not_at_all_equal_verls(seed):
     from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
 
     g = torch.Generator().manual_seed(seed)
@@ -64,29 +64,32 @@ def test_a_group_of_equal_awkward_floats_has_advantage_exactly_zero(value, group
     assert advantages.isfinite().all()
 
 
-def test_twelve_rewards_of_0_3_would_be_noise_without_the_rule():
-    """The case that bites: their float32 mean is not 0.3, and the std of the group is no bigger than that error."""
+def test_twelve_rewards_of_0_3_would_give_noise_without_the_rule_for_equal_rewards():
+    """Their float32 mean is not exactly 0.3, and the std of the group is no larger than that error."""
     rewards = torch.full((12,), 0.3)
     noise = (rewards - rewards.mean()) / (rewards.std() + 1e-8)
     assert noise.abs().max() > 0.1
     assert (compute_advantages(rewards, 12, "group") == 0).all()
 
 
-@given(st.lists(st.floats(-5, 5, width=32), min_size=8, max_size=8), st.sampled_from(["batch", "group", "none"]))
+@given(
+    st.lists(st.floats(-5, 5, width=32), min_size=8, max_size=8), st.sampled_from(["batch", "group", "none"])
+)
 def test_advantages_sum_to_zero_in_each_group_and_keep_its_order(values, scale):
     rewards = torch.tensor(values)
     advantages = compute_advantages(rewards, 4, scale)
-    # A group whose rewards differ by rounding alone can have any advantage up to (G - 1) / sqrt(G); its sum is still small.
+    # If the rewards of a group differ only by rounding, its advantages may be as large as (G - 1) / sqrt(G).
+    # Their sum is still small.
     assert advantages.view(2, 4).sum(dim=1).abs().max() < 0.05
     for group in (slice(0, 4), slice(4, 8)):
         order = rewards[group].argsort()
         assert (advantages[group][order].diff() >= 0).all()
 
 
-# ------------------------------------------------------------------------------------------------------- KL and loss
+# ------------------------------------------------------------------------------------------------ KL and loss
 
 
-def test_kl_estimate_by_hand_and_its_gradient():
+def test_kl_estimate_and_its_gradient_by_hand():
     log_probs = torch.tensor([-1.0, -2.0], requires_grad=True)
     kl = kl_estimate(log_probs, torch.tensor([-1.0, -1.0]))
     torch.testing.assert_close(kl, torch.tensor([0.0, np.e - 2]).float())
@@ -95,7 +98,7 @@ def test_kl_estimate_by_hand_and_its_gradient():
 
 
 @given(st.floats(-30, 0, width=32), st.floats(-30, 0, width=32))
-def test_kl_estimate_is_never_negative_and_zero_only_at_equality(a, b):
+def test_kl_estimate_is_never_negative_and_zero_at_equality(a, b):
     kl = kl_estimate(torch.tensor(a), torch.tensor(b))
     assert kl >= -1e-6 and kl.isfinite()
     assert kl_estimate(torch.tensor(a), torch.tensor(a)) == 0
@@ -115,10 +118,11 @@ def test_policy_loss_by_hand():
     log_probs = torch.tensor([[0.0, np.log(1.5), np.log(0.5)]] * 2, dtype=torch.float32, requires_grad=True)
     mask = torch.tensor([[True, True, True], [True, True, False]])
     losses, clipped = policy_loss(log_probs, old, torch.tensor([2.0, -1.0]), mask, clip_eps=0.2)
-    # advantage 2: -min(2r, 2 clip(r)) = -2, -2.4 (clipped at 1.2), -1.0; advantage -1: -min(-r, -clip(r)) = 1, 1.5, masked
+    # Advantage 2: -min(2r, 2 clip(r)) = -2, -2.4 (clipped at 1.2), -1.0.
+    # Advantage -1: -min(-r, -clip(r)) = 1, 1.5, masked.
     torch.testing.assert_close(losses, torch.tensor([[-2.0, -2.4, -1.0], [1.0, 1.5, 0.0]]))
     assert clipped.tolist() == [[False, True, False], [False, False, False]]
-    losses.sum().backward()  # d(-A r)/d log p = -A r; none where the clip holds or the mask is 0
+    losses.sum().backward()  # d(-A r)/d log p = -A r, and 0 if clipped or masked
     torch.testing.assert_close(log_probs.grad, torch.tensor([[-2.0, 0.0, -1.0], [1.0, 1.5, 0.0]]))
 
 
@@ -129,7 +133,9 @@ def test_loss_equals_verls(seed, normalizer):
     from verl.workers.config import ActorConfig
 
     log_probs, old, advantages, mask = random_tensors(seed)
-    config = ActorConfig(strategy="fsdp", clip_ratio=0.2, clip_ratio_c=1e9, rollout_n=4, ppo_micro_batch_size_per_gpu=1)
+    config = ActorConfig(
+        strategy="fsdp", clip_ratio=0.2, clip_ratio_c=1e9, rollout_n=4, ppo_micro_batch_size_per_gpu=1
+    )
     mode = {"token": "token-mean", "sequence": "seq-mean-token-mean"}[normalizer]
     theirs, stats = compute_policy_loss_vanilla(
         old, log_probs, advantages[:, None].expand_as(old), mask.float(), loss_agg_mode=mode, config=config
@@ -140,7 +146,7 @@ def test_loss_equals_verls(seed, normalizer):
     assert clipped.sum() / mask.sum() == pytest.approx(stats["actor/pg_clipfrac"], abs=1e-6)
 
 
-def test_what_lies_outside_the_mask_changes_nothing():
+def test_values_outside_the_mask_change_nothing():
     log_probs, old, advantages, mask = random_tensors(0)
     poisoned = torch.where(mask, old, torch.inf)
     x = log_probs.clone().requires_grad_()
@@ -149,7 +155,7 @@ def test_what_lies_outside_the_mask_changes_nothing():
     assert losses.isfinite().all() and x.grad.isfinite().all() and (x.grad[~mask] == 0).all()
 
 
-def test_an_on_policy_batch_has_ratio_one_and_loss_minus_mean_advantage_but_a_gradient():
+def test_an_on_policy_batch_has_ratio_one_but_still_a_gradient():
     log_probs, _, advantages, mask = random_tensors(3)
     x = log_probs.clone().requires_grad_()
     losses, clipped = policy_loss(x, log_probs, advantages, mask, 0.2)
@@ -164,20 +170,24 @@ def test_token_weights_by_hand():
     assert token_weights(mask, "token", 5).tolist() == [[0.25, 0.25, 0.25], [0.25, 0, 0]]
     third = pytest.approx(1 / 6)
     assert token_weights(mask, "sequence", 5).tolist() == [[third, third, third], [0.5, 0, 0]]
-    assert token_weights(mask, "constant", 5).tolist() == [[pytest.approx(0.1)] * 3, [pytest.approx(0.1), 0, 0]]
+    assert token_weights(mask, "constant", 5).tolist() == [
+        [pytest.approx(0.1)] * 3,
+        [pytest.approx(0.1), 0, 0],
+    ]
     assert (token_weights(torch.zeros(2, 3, dtype=torch.bool), "token", 5) == 0).all()
     assert (token_weights(torch.zeros(2, 3, dtype=torch.bool), "sequence", 5) == 0).all()
 
 
 @settings(max_examples=20)
 @given(st.integers(0, 1000), st.sampled_from(["token", "sequence", "constant"]))
-def test_weights_taken_over_a_step_do_not_depend_on_how_it_is_split(seed, normalizer):
+def test_splitting_a_step_into_micro_batches_does_not_change_its_loss(seed, normalizer):
     log_probs, old, advantages, mask = random_tensors(seed)
     weights = token_weights(mask, normalizer, 6)
     whole = (policy_loss(log_probs, old, advantages, mask, 0.2)[0] * weights).sum()
     parts = sum(
         (
-            policy_loss(log_probs[i : i + 1], old[i : i + 1], advantages[i : i + 1], mask[i : i + 1], 0.2)[0] * weights[i : i + 1]
+            policy_loss(log_probs[i : i + 1], old[i : i + 1], advantages[i : i + 1], mask[i : i + 1], 0.2)[0]
+            * weights[i : i + 1]
         ).sum()
         for i in range(len(mask))
     )

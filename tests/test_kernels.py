@@ -1,4 +1,4 @@
-"""The compiled kernels against the same in PyTorch, and what they are for: training finds the log-probs that were sampled."""
+"""The compiled kernels against PyTorch, and their purpose: training recomputes the sampled log-probs."""
 
 import copy
 
@@ -9,49 +9,66 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import Qwen2Config
 
-from src import kernels
-from src.logprobs import head_product
-from src.master_weights import MasterWeights
+from src.engine import kernels
+from src.engine.linear import PackedWeight, make_head
+from src.engine.master_weights import MasterWeights
 from tests.conftest import all_log_probs, make_policy
 from tests.test_decoder import SMALL, build
 from tests.test_sampler import run
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-needs_matrix_units = pytest.mark.skipif(not kernels.matrix_units(), reason="this processor has no bfloat16 matrix units (AMX)")
+needs_matrix_units = pytest.mark.skipif(
+    not kernels.matrix_units(), reason="this processor has no bfloat16 matrix units (AMX)"
+)
 
 
 @pytest.mark.parametrize("bias", [False, True])
 @needs_matrix_units
-def test_training_finds_the_log_probs_that_were_sampled(bias):
-    """Products whose rows do not depend on each other, and one code for attention: the same bits in batches of any shape."""
-    wide = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, vocab_size=320)
+def test_training_recomputes_the_sampled_log_probs(bias):
+    """Batches of any shape give the same bits.
+
+    The rows of a product do not depend on each other, and the same code computes all attention.
+    """
+    wide = dict(
+        hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, vocab_size=320
+    )
     model = build(Qwen2Config(**SMALL | wide)) if bias else make_policy(**wide)
     MasterWeights(model, torch.bfloat16)
     prompts = [list(range(3, 3 + n)) for n in (5, 21, 40)]
     samples = run(model, prompts=prompts, group_size=5, max_length=100, temperature=0.8)
     for size in (1, 7, 15):
-        found = all_log_probs(model, samples.sequence_ids, samples.attention_mask, samples.action_mask, 0.8, 5, size)
+        found = all_log_probs(model, samples, 0.8, size)
         torch.testing.assert_close(found, samples.log_probs, atol=1e-5, rtol=0)
 
 
 @needs_matrix_units
 @pytest.mark.parametrize("rows", [1, 31, 32, 33, 300])
-def test_products_on_the_matrix_units(rows):
+def test_products_on_the_matrix_units_equal_float32_products(rows):
     torch.manual_seed(rows)
-    x, weight, bias = torch.randn(rows, 96).bfloat16(), torch.randn(64, 96).bfloat16(), torch.randn(64).bfloat16()
-    packed, plain = kernels.PackedWeight(weight, bias), F.linear(x.float(), weight.float(), bias.float())
+    x, weight, bias = (
+        torch.randn(rows, 96).bfloat16(),
+        torch.randn(64, 96).bfloat16(),
+        torch.randn(64).bfloat16(),
+    )
+    packed, plain = PackedWeight(weight, bias), F.linear(x.float(), weight.float(), bias.float())
     torch.testing.assert_close(packed(x, torch.float32), plain, atol=1e-4, rtol=1e-5)
     assert torch.equal(packed(x), packed(x, torch.float32).bfloat16())
-    assert torch.equal(packed(x)[-1:], packed(x[-1:].contiguous()))  # alone as in company
+    assert torch.equal(packed(x)[-1:], packed(x[-1:].contiguous()))  # whatever the other rows are
 
 
-def test_without_matrix_units_logits_are_float32_all_the_same(monkeypatch):
+def test_logits_are_float32_without_matrix_units_too(monkeypatch):
     torch.manual_seed(0)
-    hidden, weight, bias = torch.randn(5, 64).bfloat16(), torch.randn(96, 64).bfloat16(), torch.randn(96).bfloat16()
+    hidden, weight, bias = (
+        torch.randn(5, 64).bfloat16(),
+        torch.randn(96, 64).bfloat16(),
+        torch.randn(96).bfloat16(),
+    )
     monkeypatch.setattr(kernels, "matrix_units", lambda: False)
-    logits = head_product(weight, bias)(hidden)
+    logits = make_head(weight, bias)(hidden)
     assert logits.dtype == torch.float32
-    torch.testing.assert_close(logits, F.linear(hidden.float(), weight.float(), bias.float()), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(
+        logits, F.linear(hidden.float(), weight.float(), bias.float()), atol=1e-4, rtol=1e-5
+    )
 
 
 def norm(x, weight, eps=1e-5):
@@ -60,40 +77,40 @@ def norm(x, weight, eps=1e-5):
 
 @DTYPES
 @pytest.mark.parametrize("d", [16, 33, 576])
-def test_the_norm_of_a_sum_and_its_gradient(dtype, d):
+def test_the_norm_of_a_sum_and_its_gradient_equal_pytorch(dtype, d):
     torch.manual_seed(d)
     x, delta, weight = torch.randn(7, d), torch.randn(7, d).to(dtype), torch.randn(d).to(dtype)
-    grad, before = torch.randn(7, d).to(dtype), torch.randn(7, d)
+    d_y, before = torch.randn(7, d).to(dtype), torch.randn(7, d)
     total, y, scale = kernels.add_norm(x, delta, weight, 1e-5)
     leaf, wide_weight = (x + delta.float()).requires_grad_(), weight.float().requires_grad_()
     out = norm(leaf, wide_weight)
     torch.testing.assert_close(total, leaf.detach())
     torch.testing.assert_close(y, out.detach().to(dtype))
     assert torch.equal(kernels.add_norm(x, None, weight, 1e-5)[0], x)
-    of_leaf, of_weight = torch.autograd.grad(out, (leaf, wide_weight), grad.float())
-    of_x = before.clone()
-    rounded, again, weight_grad = kernels.norm_backward(grad, x, delta, scale, weight, of_x)
-    torch.testing.assert_close(of_x, before + of_leaf, atol=1e-5, rtol=1e-5)
-    assert torch.equal(rounded, of_x.to(dtype))
+    expected_d_x, expected_d_weight = torch.autograd.grad(out, (leaf, wide_weight), d_y.float())
+    d_x = before.clone()
+    rounded, again, d_weight = kernels.norm_backward(d_y, x, delta, scale, weight, d_x)
+    torch.testing.assert_close(d_x, before + expected_d_x, atol=1e-5, rtol=1e-5)
+    assert torch.equal(rounded, d_x.to(dtype))
     assert torch.equal(again, y)
-    torch.testing.assert_close(weight_grad, of_weight.to(dtype))
+    torch.testing.assert_close(d_weight, expected_d_weight.to(dtype))
 
 
 @DTYPES
-def test_swiglu_and_its_gradient(dtype):
+def test_swiglu_and_its_gradient_equal_pytorch(dtype):
     torch.manual_seed(0)
-    gate_up, grad = (4 * torch.randn(5, 2 * 37)).to(dtype), torch.randn(5, 37).to(dtype)
+    gate_up, d_out = (4 * torch.randn(5, 2 * 37)).to(dtype), torch.randn(5, 37).to(dtype)
     leaf = gate_up.float().requires_grad_()
     gate, up = leaf.chunk(2, dim=1)
     out = F.silu(gate) * up
     torch.testing.assert_close(kernels.swiglu(gate_up), out.detach().to(dtype))
-    of_gate_up, again = kernels.swiglu_backward(grad, gate_up)
-    torch.testing.assert_close(of_gate_up, torch.autograd.grad(out, leaf, grad.float())[0].to(dtype))
+    d_gate_up, again = kernels.swiglu_backward(d_out, gate_up)
+    torch.testing.assert_close(d_gate_up, torch.autograd.grad(out, leaf, d_out.float())[0].to(dtype))
     assert torch.equal(again, kernels.swiglu(gate_up))
 
 
 @given(st.integers(0, 2**31), st.sampled_from([0.3, 1.0, 2.0]), st.integers(1, 1500))
-def test_choosing_is_the_inverse_of_the_cumulated_distribution(seed, temperature, vocabulary):
+def test_choosing_inverts_the_cumulative_distribution(seed, temperature, vocabulary):
     g = torch.Generator().manual_seed(seed)
     logits, uniform = 5 * torch.randn(6, vocabulary, generator=g), torch.rand(6, generator=g)
     token, log_prob = kernels.choose(logits, temperature, uniform)
@@ -102,10 +119,12 @@ def test_choosing_is_the_inverse_of_the_cumulated_distribution(seed, temperature
     below = above - probs.gather(1, token[:, None])[:, 0]
     assert (below - 1e-6 <= uniform).all()
     assert (uniform <= above + 1e-6).all()
-    torch.testing.assert_close(log_prob.double(), probs.gather(1, token[:, None]).log()[:, 0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        log_prob.double(), probs.gather(1, token[:, None]).log()[:, 0], atol=1e-5, rtol=1e-5
+    )
 
 
-def test_choosing_never_takes_a_token_without_probability():
+def test_a_token_with_probability_0_is_never_chosen():
     logits = torch.full((2, 700), -torch.inf)
     logits[0, 3] = logits[1, 699] = 0.0
     for uniform in (0.0, 0.5, 1 - 2**-24):
@@ -115,31 +134,31 @@ def test_choosing_never_takes_a_token_without_probability():
 
 
 @DTYPES
-def test_what_is_not_finite_stays_so(dtype):
-    """An update is skipped for it, so no kernel may hide it."""
+def test_nan_stays_nan(dtype):
+    """A gradient that is not finite makes train.py skip the update, so no kernel may hide one."""
     x = torch.randn(2, 32)
     x[0, 5] = torch.nan
     weight = torch.ones(32, dtype=dtype)
     _, y, scale = kernels.add_norm(x, None, weight, 1e-5)
     assert y[0].isnan().all() and y[1].isfinite().all()
     assert kernels.swiglu(torch.full((1, 2), torch.nan, dtype=dtype)).isnan().all()
-    of_x = torch.zeros_like(x)
-    assert kernels.norm_backward(y, x, None, scale, weight, of_x)[2].isnan().any()
+    d_x = torch.zeros_like(x)
+    assert kernels.norm_backward(y, x, None, scale, weight, d_x)[2].isnan().any()
 
 
-def test_one_set_of_bits_in_every_call():
-    """Sums over tokens are made by threads, in an order of their own but added up in one."""
+def test_every_call_gives_the_same_bits():
+    """Several threads sum over tokens. Their sums are added in a fixed order."""
     model = make_policy()
     samples = run(model, group_size=6, max_length=60)
     gradients = []
     for _ in range(3):
         again = copy.deepcopy(model)
-        all_log_probs(again, samples.sequence_ids, samples.attention_mask, samples.action_mask, 1.0, 6).sum().backward()
+        all_log_probs(again, samples, 1.0).sum().backward()
         gradients.append([p.grad for p in again.parameters()])
     assert all(torch.equal(a, b) for other in gradients[1:] for a, b in zip(gradients[0], other, strict=True))
 
 
-def test_without_a_compiler_there_are_none(monkeypatch):
+def test_there_are_no_kernels_without_a_compiler(monkeypatch):
     monkeypatch.setenv("HYBRID_GRPO_KERNELS", "0")
     assert kernels.libraries.__wrapped__() is None
     monkeypatch.delenv("HYBRID_GRPO_KERNELS")
@@ -148,7 +167,7 @@ def test_without_a_compiler_there_are_none(monkeypatch):
     assert kernels.libraries.__wrapped__() is None
 
 
-def test_a_compiler_that_fails_is_no_compiler(monkeypatch, tmp_path):
+def test_there_are_no_kernels_if_the_compiler_fails(monkeypatch, tmp_path):
     (tmp_path / "c++").write_text("#!/bin/sh\nexit 1\n")
     (tmp_path / "c++").chmod(0o755)
     monkeypatch.setenv("CXX", str(tmp_path / "c++"))

@@ -1,36 +1,47 @@
-"""Packed sequences computed by hand against each sequence through the model's own forward, values and gradients."""
+"""The hand-written pass over packed sequences against the model's own forward pass on each sequence."""
 
 import pytest
 import torch
 
-from src import llama, models
-from src.llama import Layout, packed_hidden
+from src import models
+from src.engine import llama
+from src.engine.linear import cat_weights
+from src.engine.llama import Layout, packed_hidden
 from tests.conftest import make_policy
 from tests.test_decoder import MODELS
 
-LENGTHS = [([7, 5, 6], [[4, 1, 6], [3, 3], []]), ([3], [[5, 5]]), ([2, 9], [[], []]), ([4, 4], [[0, 0], [2, 0]])]
+LENGTHS = [
+    ([7, 5, 6], [[4, 1, 6], [3, 3], []]),
+    ([3], [[5, 5]]),
+    ([2, 9], [[], []]),
+    ([4, 4], [[0, 0], [2, 0]]),
+]
 
 
 def one_by_one(model, ids, prompt_lengths, completion_lengths):
     """Hidden states in the order of the layout, each completion behind its own copy of the prompt."""
-    prompts, place = ids[: sum(prompt_lengths)].split(prompt_lengths), sum(prompt_lengths)
+    prompts, start = ids[: sum(prompt_lengths)].split(prompt_lengths), sum(prompt_lengths)
     hidden = [model.base_model(prompt[None]).last_hidden_state[0] for prompt in prompts]
-    for prompt, own in zip(prompts, completion_lengths, strict=True):
-        for n in own:
-            whole = torch.cat([prompt, ids[place : place + n]])
-            hidden.append(model.base_model(whole[None]).last_hidden_state[0, len(prompt) :])
-            place += n
+    for prompt, lengths in zip(prompts, completion_lengths, strict=True):
+        for n in lengths:
+            sequence = torch.cat([prompt, ids[start : start + n]])
+            hidden.append(model.base_model(sequence[None]).last_hidden_state[0, len(prompt) :])
+            start += n
     return torch.cat(hidden)
 
 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-@pytest.mark.parametrize(("block_pairs", "piece"), [(1, 2), (100, 4), (llama.BLOCK_PAIRS, llama.PIECE)])
-def test_values_and_gradients_equal_those_of_each_sequence_alone(monkeypatch, kind, lengths, block_pairs, piece):
+@pytest.mark.parametrize(
+    ("block_pairs", "chunk"), [(1, 2), (100, 4), (llama.BLOCK_PAIRS, llama.CHUNK_TOKENS)]
+)
+def test_values_and_gradients_equal_those_of_each_sequence_by_itself(
+    monkeypatch, kind, lengths, block_pairs, chunk
+):
     monkeypatch.setattr(llama, "BLOCK_PAIRS", block_pairs)
-    monkeypatch.setattr(llama, "PIECE", piece)
+    monkeypatch.setattr(llama, "CHUNK_TOKENS", chunk)
     model = MODELS[kind]()
-    assert llama.fits(model)
+    assert llama.is_supported(model)
     layout = Layout.of(*lengths)
     g = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 80, (len(layout.positions),), generator=g)
@@ -48,7 +59,7 @@ def test_values_and_gradients_equal_those_of_each_sequence_alone(monkeypatch, ki
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradient_checkpointing_changes_memory_alone(dtype):
+def test_gradient_checkpointing_changes_only_memory(dtype):
     layout, ids = Layout.of(*LENGTHS[0]), torch.arange(3, 38) % 80
     results = []
     for checkpointed in (False, True):
@@ -56,58 +67,63 @@ def test_gradient_checkpointing_changes_memory_alone(dtype):
         if checkpointed:
             models.checkpoint_activations(model)
         hidden = packed_hidden(model, ids, layout)
-        kept = sum(t.nbytes for parts in hidden.grad_fn.keep for t in parts)
-        results.append((kept, hidden, torch.autograd.grad(hidden.float().square().sum(), list(model.base_model.parameters()))))
+        shared = hidden.grad_fn.shared
+        kept = sum(t.nbytes for part in [*hidden.grad_fn.saved, (shared.cos, shared.sin)] for t in part)
+        weights = list(model.base_model.parameters())
+        results.append((kept, hidden, torch.autograd.grad(hidden.float().square().sum(), weights)))
     (all_kept, plain, gradients), (kept, again, recomputed) = results
     assert torch.equal(plain, again)
     assert all(torch.equal(a, b) for a, b in zip(gradients, recomputed, strict=True))
     assert kept < 0.4 * all_kept
 
 
-def test_in_bfloat16_values_and_gradients_are_as_near_to_float32_as_autograds():
+def test_in_bfloat16_values_and_gradients_are_as_close_to_float32_as_autograd():
     exact = make_policy(num_hidden_layers=6)
     rounded = make_policy(num_hidden_layers=6).bfloat16()
     exact.load_state_dict(rounded.state_dict())
     layout, lengths = Layout.of(*LENGTHS[0]), LENGTHS[0]
     ids = torch.randint(3, 80, (len(layout.positions),), generator=torch.Generator().manual_seed(0))
 
-    def of(model, hidden):
-        return [hidden.detach().float()], [g.float() for g in torch.autograd.grad(hidden.float().square().sum(), weights(model))]
+    def values_and_gradients(model, hidden):
+        weights = list(model.base_model.parameters())
+        gradients = torch.autograd.grad(hidden.float().square().sum(), weights)
+        return [hidden.detach().float()], [g.float() for g in gradients]
 
-    weights = lambda model: list(model.base_model.parameters())  # noqa: E731
-    truth = of(exact, one_by_one(exact, ids, *lengths))
-    ours = of(rounded, packed_hidden(rounded, ids, layout))
-    theirs = of(rounded, one_by_one(rounded, ids, *lengths))
-    error = lambda parts, i: sum(((a - b).norm() / b.norm()).item() for a, b in zip(parts[i], truth[i], strict=True))  # noqa: E731
-    assert 0 < error(ours, 0) < error(theirs, 0)  # the residual stream is float32
-    assert 0 < error(ours, 1) < 1.2 * error(theirs, 1)
+    def error(tensors, expected):
+        return sum(((a - b).norm() / b.norm()).item() for a, b in zip(tensors, expected, strict=True))
+
+    values, gradients = values_and_gradients(exact, one_by_one(exact, ids, *lengths))
+    our_values, our_gradients = values_and_gradients(rounded, packed_hidden(rounded, ids, layout))
+    their_values, their_gradients = values_and_gradients(rounded, one_by_one(rounded, ids, *lengths))
+    assert 0 < error(our_values, values) < error(their_values, values)  # our residual stream is float32
+    assert 0 < error(our_gradients, gradients) < 1.2 * error(their_gradients, gradients)
 
 
-def test_the_layout_by_hand():
+def test_a_layout_equals_one_made_by_hand():
     layout = Layout.of([2, 3], [[1, 2], [2]])
     assert layout.positions.tolist() == [0, 1, 0, 1, 2, 2, 2, 3, 3, 4]
     assert [b.starts.tolist() for b in layout.blocks] == [[0, 2], [5, 6], [8]]
     assert [b.lengths.tolist() for b in layout.blocks] == [[2, 3], [1, 2], [2]]
     assert [b.prefix.tolist() for b in layout.blocks] == [[], [0, 1], [2, 3, 4]]
-    native = layout.blocks[1].native(heads=4, kv_heads=2, e=16)
-    assert (native.count, native.longest, native.before, native.keys) == (2, 2, 2, 32)
+    native = layout.blocks[1].to_native(heads=4, kv_heads=2, head_dim=16)
+    assert (native.count, native.longest, native.prefix_length, native.padded_keys) == (2, 2, 2, 32)
 
 
-def test_weights_side_by_side_are_joined_without_a_copy(policy):
+def test_adjacent_weights_are_concatenated_without_a_copy(policy):
     attention = policy.model.layers[0].self_attn
     parts = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
-    before, whole = llama.joined(*parts), torch.cat(parts)
+    before, expected = cat_weights(*parts), torch.cat(parts)
     assert before.data_ptr() != parts[0].data_ptr()
     llama.join_weights(policy)
-    after = llama.joined(*parts)
+    after = cat_weights(*parts)
     assert after.data_ptr() == parts[0].data_ptr()
-    assert torch.equal(before, whole)
-    assert torch.equal(after, whole)
+    assert torch.equal(before, expected)
+    assert torch.equal(after, expected)
     parts[1].data += 1.0  # as an optimizer step does
-    assert torch.equal(llama.joined(*parts), torch.cat(parts))
+    assert torch.equal(cat_weights(*parts), torch.cat(parts))
 
 
-def test_weights_that_take_no_gradient_get_none(policy):
+def test_frozen_weights_get_no_gradient(policy):
     policy.model.embed_tokens.requires_grad_(False)
     layout = Layout.of([3], [[2, 2]])
     packed_hidden(policy, torch.arange(7), layout).sum().backward()
@@ -117,14 +133,14 @@ def test_weights_that_take_no_gradient_get_none(policy):
     assert not packed_hidden(policy, torch.arange(7), layout).requires_grad
 
 
-def test_keys_and_values_are_those_of_the_models_own_cache(policy):
+def test_keys_and_values_equal_those_in_the_models_own_cache(policy):
     prompts = [[5, 6, 7], [8, 9, 10, 11]]
     layout = Layout.of([3, 4], [[], []])
-    kept: list[torch.Tensor] = []
+    keys_values: list[torch.Tensor] = []  # of each layer
     with torch.no_grad():
-        packed_hidden(policy, torch.tensor([5, 6, 7, 8, 9, 10, 11]), layout, kept)
+        packed_hidden(policy, torch.tensor([5, 6, 7, 8, 9, 10, 11]), layout, keys_values)
         for prompt, part in zip(prompts, (slice(0, 3), slice(3, 7)), strict=True):
             cache = policy(torch.tensor([prompt]), use_cache=True).past_key_values
-            for own, layer in zip(kept, cache.layers, strict=True):
+            for ours, layer in zip(keys_values, cache.layers, strict=True):
                 theirs = torch.cat([layer.keys, layer.values], dim=1)[0].transpose(0, 1)
-                torch.testing.assert_close(own[part], theirs, atol=1e-5, rtol=1e-5)
+                torch.testing.assert_close(ours[part], theirs, atol=1e-5, rtol=1e-5)

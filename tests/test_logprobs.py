@@ -1,4 +1,4 @@
-"""Log-probs in chunks against the plain ones, and the float32 master weights."""
+"""Log-probs of packed completions against the plain forward pass, and the float32 master weights."""
 
 import copy
 
@@ -6,19 +6,21 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from src import llama, logprobs, models
+from src import models
+from src.engine import llama, logprobs
+from src.engine.llama import can_pack
+from src.engine.logprobs import completion_log_probs, micro_batches
+from src.engine.master_weights import MasterWeights
 from src.errors import InputError
-from src.logprobs import can_pack, completion_log_probs, micro_batches
-from src.master_weights import MasterWeights
 from src.models import check_head, frozen_copy
-from tests.conftest import all_log_probs, make_policy
+from tests.conftest import all_log_probs, as_samples, make_policy
 from tests.test_sampler import run
 
 PROMPT_TOKENS = 3
 
 
 def batch(seed=0, lengths=(9, 5, 12, 4), group_size=2, prompt=PROMPT_TOKENS):
-    """Sequences of two questions; those of a question begin with the same prompt."""
+    """Ids and masks of sequences; those of the same question begin with the same prompt."""
     g = torch.Generator().manual_seed(seed)
     width = max(lengths)
     ids = torch.randint(3, 259, (len(lengths), width), generator=g)
@@ -36,17 +38,19 @@ def naive(policy, ids, mask, actions, temperature):
     return logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0] * actions
 
 
-@pytest.mark.parametrize("attention", ["by hand", "sdpa", "eager"])
+@pytest.mark.parametrize("path", ["hand-written", "sdpa", "eager"])
 @pytest.mark.parametrize("group_size", [1, 2])
-@pytest.mark.parametrize(("chunk", "size"), [(1, 64), (4, 3), (1000, 1)])
-def test_values_and_gradients_equal_the_plain_ones_however_packed_and_cut(monkeypatch, chunk, size, group_size, attention):
-    monkeypatch.setattr(logprobs, "VOCABULARY_BLOCK", chunk)
-    policy = make_policy(attn_implementation="sdpa" if attention == "by hand" else attention)
-    if attention != "by hand":
-        monkeypatch.setattr(llama, "fits", lambda model: False)
+@pytest.mark.parametrize(("block", "size"), [(1, 64), (4, 3), (1000, 1)])
+def test_values_and_gradients_equal_the_plain_ones_however_rows_are_packed_and_split(
+    monkeypatch, block, size, group_size, path
+):
+    monkeypatch.setattr(logprobs, "VOCABULARY_BLOCK", block)
+    policy = make_policy(attn_implementation="sdpa" if path == "hand-written" else path)
+    if path != "hand-written":
+        monkeypatch.setattr(llama, "is_supported", lambda model: False)
     ids, mask, actions = batch()
     weights = torch.rand(actions.shape, generator=torch.Generator().manual_seed(1))
-    ours = all_log_probs(policy, ids, mask, actions, 0.7, group_size, size)
+    ours = all_log_probs(policy, as_samples(ids, mask, actions, group_size), 0.7, size)
     (ours * weights).sum().backward()
     gradients = [p.grad.clone() for p in policy.parameters()]
     policy.zero_grad()
@@ -58,13 +62,17 @@ def test_values_and_gradients_equal_the_plain_ones_however_packed_and_cut(monkey
 
 
 def test_a_packed_row_holds_the_prompt_once_and_no_padding(policy, monkeypatch):
-    monkeypatch.setattr(llama, "fits", lambda model: False)
+    monkeypatch.setattr(llama, "is_supported", lambda model: False)
     ids, mask, actions = batch()
     seen = []
-    policy.model.register_forward_hook(lambda m, args, kwargs, out: seen.append(kwargs["input_ids"]), with_kwargs=True)
-    (part,) = micro_batches(policy, mask[:2], actions[:2], torch.arange(2), 2, 64)
-    completion_log_probs(policy, ids, actions, part, 1.0)
-    # Sorted by length: the prompt, row 1's two tokens and row 0's six, each without its last, which predicts nothing.
+    policy.model.register_forward_hook(
+        lambda m, args, kwargs, out: seen.append(kwargs["input_ids"]), with_kwargs=True
+    )
+    samples = as_samples(ids, mask, actions, 2)
+    (part,) = micro_batches(policy, samples, torch.arange(2), 64)
+    completion_log_probs(policy, samples, part, 1.0)
+    # Sorted by length: the prompt, the two tokens of row 1, and the six of row 0. The last token of each
+    # predicts nothing, so it is left out.
     assert part.packed == [[1, 0]]
     assert seen[0].tolist() == [ids[0, :3].tolist() + ids[1, 3:4].tolist() + ids[0, 3:8].tolist()]
 
@@ -82,12 +90,18 @@ def test_a_model_with_a_sliding_window_is_not_packed():
     assert can_pack(make_policy())
     ids, mask, actions = batch()
     torch.testing.assert_close(
-        all_log_probs(model, ids, mask, actions, 1.0, 2), naive(model, ids, mask, actions, 1.0), atol=1e-5, rtol=0
+        all_log_probs(model, as_samples(ids, mask, actions, 2), 1.0),
+        naive(model, ids, mask, actions, 1.0),
+        atol=1e-5,
+        rtol=0,
     )
 
 
 class WideTensors(TorchDispatchMode):
-    """Notes the rows of every tensor (..., vocabulary) that any operation makes, the head's weights transposed apart."""
+    """Records the number of rows of every tensor (..., vocabulary) that an operation returns.
+
+    The head's transposed weight is one of them.
+    """
 
     def __init__(self, vocabulary):
         super().__init__()
@@ -101,15 +115,15 @@ class WideTensors(TorchDispatchMode):
         return out
 
 
-def test_logits_of_completion_tokens_alone_a_block_of_the_vocabulary_at_a_time(policy, monkeypatch):
-    policy.lm_head.requires_grad_(False)  # its own gradient has the vocabulary as a dimension too
+def test_logits_exist_only_for_completion_tokens_and_one_block_of_the_vocabulary(policy, monkeypatch):
+    policy.lm_head.requires_grad_(False)  # its gradient would have the vocabulary as a dimension too
     policy.model.embed_tokens.requires_grad_(False)
     ids, mask, actions = batch()
-    for block, seen in ((4, set()), (1000, {int(actions.sum())})):
+    for block, expected in ((4, set()), (1000, {int(actions.sum())})):
         monkeypatch.setattr(logprobs, "VOCABULARY_BLOCK", block)
         with WideTensors(policy.config.vocab_size) as wide:
-            all_log_probs(policy, ids, mask, actions, 1.0, 2).sum().backward()
-        assert {n for n in wide.rows if n != policy.config.hidden_size} == seen
+            all_log_probs(policy, as_samples(ids, mask, actions, 2), 1.0).sum().backward()
+        assert {n for n in wide.rows if n != policy.config.hidden_size} == expected
 
 
 def test_a_model_that_caps_its_logits_is_refused():
@@ -126,11 +140,12 @@ def test_a_model_that_caps_its_logits_is_refused():
     check_head(make_policy())
 
 
-# -------------------------------------------------------------------------------------------------- master weights
+# ----------------------------------------------------------------------------------------------------------
+# Master weights
 
 
 def test_updates_too_small_for_bfloat16_add_up_in_the_master_weights():
-    """The bug: at 5e-6 a bfloat16 weight of 0.05 (rounding step 2.4e-4) never moves, however many steps are taken."""
+    """The bug: steps of 5e-6 never change a bfloat16 weight of 0.05, whose rounding step is 2.4e-4."""
     model = make_policy()
     master = MasterWeights(model, torch.bfloat16)
     before = [w.clone() for w in model.parameters()]
@@ -148,8 +163,8 @@ def test_updates_too_small_for_bfloat16_add_up_in_the_master_weights():
     assert sum(lost) / len(lost) > 0.9
 
 
-def test_a_bfloat16_model_equals_transformers_own(policy_folder):
-    """Rotary frequencies stay float32: rounding them would bend every position."""
+def test_a_bfloat16_model_equals_one_loaded_by_transformers(policy_folder):
+    """Rotary frequencies stay float32, because rounding them would change every position."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(policy_folder, dtype=torch.float32).eval()
@@ -161,18 +176,20 @@ def test_a_bfloat16_model_equals_transformers_own(policy_folder):
     assert model.config.dtype == torch.bfloat16
 
 
-def test_gradient_checkpointing_in_the_general_path_changes_memory_alone(monkeypatch):
-    monkeypatch.setattr(llama, "fits", lambda model: False)
+def test_gradient_checkpointing_in_the_general_path_changes_only_memory(monkeypatch):
+    monkeypatch.setattr(llama, "is_supported", lambda model: False)
     ids, mask, actions = batch()
     results = []
     for checkpointed in (False, True):
         model, kept = make_policy(attention_dropout=0.5, num_hidden_layers=4), []
-        before = run(model, temperature=0.0).completion_ids
+        before = run(model, temperature=0.0).completion_ids()
         if checkpointed:
             models.checkpoint_activations(model)
-        assert run(model, temperature=0.0).completion_ids == before  # the cache works on
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.nbytes) or t, lambda t: t):
-            log_probs = all_log_probs(model, ids, mask, actions, 1.0)
+        assert run(model, temperature=0.0).completion_ids() == before  # the cache still works
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, kept=kept: kept.append(t.nbytes) or t, lambda t: t
+        ):
+            log_probs = all_log_probs(model, as_samples(ids, mask, actions), 1.0)
         log_probs.sum().backward()
         results.append((sum(kept), log_probs, [p.grad for p in model.parameters()]))
     (all_kept, plain, gradients), (kept, again, recomputed) = results
@@ -180,7 +197,7 @@ def test_gradient_checkpointing_in_the_general_path_changes_memory_alone(monkeyp
     for a, b in zip(recomputed, gradients, strict=True):
         torch.testing.assert_close(a, b)
     assert kept < 0.5 * all_kept
-    with pytest.raises(InputError, match="--gradient-checkpointing: the layers of Linear cannot"):
+    with pytest.raises(InputError, match="--gradient-checkpointing: the layers of Linear do not support it"):
         models.checkpoint_activations(torch.nn.Linear(1, 1))
 
 
@@ -191,10 +208,10 @@ def test_gradients_of_micro_batches_are_summed_in_float32():
     parts = [batch(seed) for seed in range(4)]
     total = [torch.zeros_like(p) for p in exact.parameters()]
     for part in parts:
-        all_log_probs(model, *part, 1.0).sum().backward()
+        all_log_probs(model, as_samples(*part), 1.0).sum().backward()
         for t, w in zip(total, model.parameters(), strict=True):
             t += w.grad.float()
-        master.accumulate_gradients()
+        master.take_gradients()
         assert all(w.grad is None for w in model.parameters())
     for t, p in zip(total, master.parameters, strict=True):
         assert p.grad.dtype == torch.float32
@@ -206,7 +223,7 @@ def test_in_float32_the_model_is_its_own_master(policy):
     assert all(a is b for a, b in zip(master.parameters, policy.parameters(), strict=True))
 
 
-def test_the_reference_is_frozen_and_apart(policy):
+def test_the_reference_is_frozen_and_independent_of_the_policy(policy):
     reference = frozen_copy(policy)
     assert not any(p.requires_grad for p in reference.parameters())
     policy.lm_head.weight.data += 1
@@ -215,7 +232,7 @@ def test_the_reference_is_frozen_and_apart(policy):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("frozen_head", [True, False])
-def test_the_written_out_gradient_of_the_head_equals_autograds(monkeypatch, bias, frozen_head):
+def test_the_written_out_gradient_of_the_head_equals_autograd(monkeypatch, bias, frozen_head):
     monkeypatch.setattr(logprobs, "VOCABULARY_BLOCK", 3)
     torch.manual_seed(0)
     head = torch.nn.Linear(6, 11, bias=bias).requires_grad_(not frozen_head)
@@ -224,14 +241,16 @@ def test_the_written_out_gradient_of_the_head_equals_autograds(monkeypatch, bias
     ours = logprobs._TokenLogProbs.apply(hidden, head.weight, head.bias, targets, 0.7)
     plain = (head(hidden) / 0.7).log_softmax(-1).gather(1, targets[:, None])[:, 0]
     torch.testing.assert_close(ours, plain)
-    for a, b in zip(torch.autograd.grad(ours, inputs, upstream), torch.autograd.grad(plain, inputs, upstream), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(ours, inputs, upstream), torch.autograd.grad(plain, inputs, upstream), strict=True
+    ):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("path", ["by hand", "general"])
-def test_gradients_have_the_same_bits_every_time_with_several_threads(monkeypatch, path):
+@pytest.mark.parametrize("path", ["hand-written", "general"])
+def test_gradients_are_bit_identical_in_every_run_with_several_threads(monkeypatch, path):
     if path == "general":
-        monkeypatch.setattr(llama, "fits", lambda model: False)
+        monkeypatch.setattr(llama, "is_supported", lambda model: False)
     policy = make_policy(hidden_size=128)
     ids, mask, actions = batch(lengths=[20] * 48, group_size=48)
     gradients = set()
@@ -240,7 +259,7 @@ def test_gradients_have_the_same_bits_every_time_with_several_threads(monkeypatc
     try:
         for _ in range(12):
             policy.zero_grad()
-            all_log_probs(policy, ids, mask, actions, 1.0, 48, 48).sum().backward()
+            all_log_probs(policy, as_samples(ids, mask, actions, 48), 1.0, 48).sum().backward()
             gradients.add(b"".join(p.grad.numpy().tobytes() for p in policy.parameters()))
     finally:
         torch.set_num_threads(threads)

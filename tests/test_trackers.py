@@ -1,4 +1,4 @@
-"""Trackers get the numbers of metrics.jsonl, read back from their own files; none is imported that is not asked for."""
+"""Trackers get the numbers of metrics.jsonl, as their own files show, and are only imported if requested."""
 
 import importlib.util
 import json
@@ -15,8 +15,11 @@ from tests.conftest import as_flags, run_command
 
 
 def wandb_history(path: Path) -> list[dict]:
-    """The logged lines of an offline run. Its file is a LevelDB log: 7 bytes of header, then blocks of 32 KiB with records of
-    checksum (4 bytes), length (2) and type (1): whole, first, middle or last part."""
+    """The lines that an offline run logged.
+
+    Its file is a LevelDB log: a header of 7 bytes, then blocks of 32 KiB that contain records. Each record
+    has a checksum (4 bytes), a length (2) and a type (1): complete, or the first, a middle or the last part.
+    """
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, at, parts, history = path.read_bytes(), 7, b"", []
@@ -33,18 +36,16 @@ def wandb_history(path: Path) -> list[dict]:
                 history.append({})
                 for item in record.history.item:
                     name, *under = item.nested_key or [item.key]
-                    of = history[-1].setdefault(name, {}) if under else history[-1]
-                    of[under[0] if under else name] = json.loads(item.value_json)
+                    target = history[-1].setdefault(name, {}) if under else history[-1]
+                    target[under[0] if under else name] = json.loads(item.value_json)
     return history
 
 
 def test_each_tracker_gets_the_numbers_of_metrics_jsonl(tiny, tmp_path):
     pytest.importorskip("trackio")
     flags = as_flags(tiny | dict(sample_interval=2, eval_data=tiny["data"]))
-    done = run_command(
-        "train.py", *flags, "--tracker", "wandb", "tensorboard", "trackio",
-        env=os.environ | {"TRACKIO_DIR": str(tmp_path / "trackio"), "WANDB_SILENT": "true"},
-    )  # fmt: skip
+    environment = os.environ | {"TRACKIO_DIR": str(tmp_path / "trackio"), "WANDB_SILENT": "true"}
+    done = run_command("train.py", *flags, "--tracker", "wandb", "tensorboard", "trackio", env=environment)
     assert done.returncode == 0, done.stderr
     assert "\x1b" not in done.stdout
     run = Path(tiny["output"]) / "run"
@@ -69,20 +70,20 @@ def test_each_tracker_gets_the_numbers_of_metrics_jsonl(tiny, tmp_path):
         for event in events.Scalars(name):
             seen[event.step][name] = event.value
     for step, metrics in wanted.items():
-        assert seen[step] == pytest.approx(metrics, rel=1e-6), step  # it keeps float32
+        assert seen[step] == pytest.approx(metrics, rel=1e-6), step  # TensorBoard stores float32
 
     with sqlite3.connect(tmp_path / "trackio" / "hybrid-grpo.db") as database:
         logged = database.execute("select step, metrics from metrics where run_name = 'run'").fetchall()
     assert {step: json.loads(metrics) for step, metrics in logged} == wanted
 
 
-def test_a_resumed_run_goes_on_in_the_same_runs(tiny, monkeypatch):
+def test_a_resumed_run_continues_the_same_tracker_runs(tiny, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     run = train.main(**tiny | dict(wandb_project="test", tracker=["tensorboard"], max_steps=1))
     train.main(resume=str(run), max_steps=2)
-    assert len({path.name for path in run.glob("wandb/offline-run-*/run-*.wandb")}) == 1  # each file has its run's id in its name
-    steps = [line["_step"] for path in sorted(run.glob("wandb/offline-run-*/*.wandb")) for line in wandb_history(path)]
-    assert sorted(steps) == [0, 1]
+    files = sorted(run.glob("wandb/offline-run-*/run-*.wandb"))
+    assert len({file.name for file in files}) == 1  # the name contains the W&B run's id
+    assert sorted(line["_step"] for file in files for line in wandb_history(file)) == [0, 1]
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -92,7 +93,7 @@ def test_a_resumed_run_goes_on_in_the_same_runs(tiny, monkeypatch):
 
 
 @pytest.mark.slow
-def test_nothing_is_imported_that_is_not_used(tiny):
+def test_optional_packages_are_not_imported_unless_used(tiny):
     script = (
         "import sys, train\n"
         "names = ('wandb', 'tensorboard', 'trackio', 'scipy.stats', 'verl', 'ray')\n"
@@ -107,7 +108,11 @@ def test_nothing_is_imported_that_is_not_used(tiny):
 
 def test_a_tracker_whose_package_is_missing_is_refused_with_the_command_that_installs_it(tiny, monkeypatch):
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "trackio" else find_spec(name, *more))
+
+    def without_trackio(name, *package):
+        return None if name == "trackio" else find_spec(name, *package)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without_trackio)
     with pytest.raises(InputError, match=r"--tracker trackio: .*not installed; run: pip install trackio=="):
         train.main(**tiny | dict(tracker=["trackio"], model_name="/nowhere"))
     assert not os.path.exists(tiny["output"])

@@ -1,9 +1,11 @@
-"""main() on tiny random models: whole runs, what they leave on disk, and every way to ask for the impossible."""
+"""main() on tiny random models: complete runs, the files they write, and requests that cannot work."""
 
 import inspect
 import json
 import math
 import re
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,11 +13,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
-from src import models
+from src import models, placement
 from src.errors import InputError
 from src.hybrid_reward import combine_hybrid_score, get_final_reward, get_our_final_reward
-from src.report import meanings
-from src.run_log import RunLog, choose_folder
+from src.problems import read_problems
+from src.report.page import meanings
+from src.run.log import RunLog, choose_folder
 from tests.conftest import ROOT
 
 
@@ -24,7 +27,8 @@ def metrics_of(run: Path) -> list[dict]:
 
 
 def rollouts_of(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "rollouts.jsonl").open()]  # not splitlines: completions hold any character
+    # Not splitlines: completions contain any character.
+    return [json.loads(line) for line in (run / "rollouts.jsonl").open()]
 
 
 def without_times(rows: list[dict], prefixes=("time/",)) -> list[dict]:
@@ -35,14 +39,14 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
 
 
-# ------------------------------------------------------------------------------------------------------- whole runs
+# ------------------------------------------------------------------------------------------ complete runs
 
 
-def test_a_run_moves_the_policy_and_leaves_reference_and_reward_model_alone(
+def test_a_run_changes_the_policy_but_not_the_reference_or_the_reward_model(
     tiny, policy_folder, reward_model_folder, monkeypatch
 ):
     kept = {}
-    frozen_copy, load_reward_model = models.frozen_copy, train.load_reward_model
+    frozen_copy, load_reward_model = models.frozen_copy, placement.load_reward_model
 
     def keep_reference(model):
         kept["reference"] = frozen_copy(model)
@@ -54,15 +58,17 @@ def test_a_run_moves_the_policy_and_leaves_reference_and_reward_model_alone(
         return kept["reward_model"]
 
     monkeypatch.setattr(models, "frozen_copy", keep_reference)
-    monkeypatch.setattr(train, "load_reward_model", keep_reward_model)
-    run = train.main(**tiny | dict(reward_model_name=str(reward_model_folder), dtype="float32", checkpoint_interval=1))
+    monkeypatch.setattr(placement, "load_reward_model", keep_reward_model)
+    changed = dict(reward_model_name=str(reward_model_folder), dtype="float32", checkpoint_interval=1)
+    run = train.main(**tiny | changed)
     before, after = weights(policy_folder), weights(run / "step_2")
     for name in before:
         assert not torch.equal(before[name], after[name]), name
         torch.testing.assert_close(kept["reference"].state_dict()[name], before[name], rtol=0, atol=0)
     for name, value in kept["reward_model"].model.state_dict().items():
         assert torch.equal(value, kept["before"][name]), name
-    assert sorted(p.name for p in run.iterdir()) == ["config.json", "metrics.jsonl", "rollouts.jsonl", "step_1", "step_2"]
+    names = ["config.json", "metrics.jsonl", "rollouts.jsonl", "step_1", "step_2"]
+    assert sorted(p.name for p in run.iterdir()) == names
 
 
 def test_a_run_prints_the_lines_that_users_know(tiny, reward_model_folder, capsys):
@@ -86,31 +92,32 @@ def test_a_run_prints_the_lines_that_users_know(tiny, reward_model_folder, capsy
     assert [float(bounds[1]), float(bounds[2])] == pytest.approx(in_metrics, abs=1e-4)
 
 
-def test_each_part_of_each_reward_is_on_record_and_adds_up(tiny, reward_model_folder):
+def test_every_part_of_every_reward_is_recorded_and_adds_up(tiny, reward_model_folder):
     run = train.main(**tiny | dict(reward_model_name=str(reward_model_folder), dtype="float32"))
     rows = rollouts_of(run)
     assert len(rows) == 16
     low, high = (metrics_of(run)[0][f"reward/rm_{end}"] for end in ("min", "max"))
     for row in rows:
-        held = min(max(row["rm_score"], low), high)
-        r_hat = combine_hybrid_score(float(row["correct"]), held, low, high, 0.01, 0.5, 0.5)
+        clamped = min(max(row["rm_score"], low), high)
+        r_hat = combine_hybrid_score(float(row["correct"]), clamped, low, high, 0.01, 0.5, 0.5)
         assert row["r_hat"] == pytest.approx(r_hat, abs=1e-5)
         assert row["reward"] == pytest.approx(row["weight"] * row["r_hat"], abs=1e-6)
     for step, line in enumerate(metrics_of(run)):
         groups = [[r for r in rows if r["step"] == step][i : i + 4] for i in (0, 4)]
         for group in groups:
-            held = torch.tensor([min(max(r["rm_score"], low), high) for r in group])
-            assert group[0]["sigma_u"] == pytest.approx(held.std().item(), abs=1e-5)
+            clamped = torch.tensor([min(max(r["rm_score"], low), high) for r in group])
+            assert group[0]["sigma_u"] == pytest.approx(clamped.std().item(), abs=1e-5)
         seen = [r["sigma_u"] for r in rows if r["step"] <= step][::4]
         sigma_bar = sum(seen) / len(seen)
         assert line["reward/sigma_bar"] == pytest.approx(sigma_bar, abs=1e-6)
         for row in groups[0] + groups[1]:
-            assert row["reward"] == pytest.approx(get_final_reward(row["r_hat"], sigma_bar, row["sigma_u"]), abs=1e-5)
+            expected = get_final_reward(row["r_hat"], sigma_bar, row["sigma_u"])
+            assert row["reward"] == pytest.approx(expected, abs=1e-5)
         for group in groups:
             assert sum(r["advantage"] for r in group) == pytest.approx(0, abs=1e-5)
 
 
-def test_two_runs_of_one_seed_write_identical_metrics_and_rollouts(tiny):
+def test_two_runs_with_the_same_seed_write_identical_metrics_and_rollouts(tiny):
     runs = [train.main(**tiny | dict(run_name=name, eval_data=tiny["data"])) for name in ("a", "b")]
     assert without_times(metrics_of(runs[0])) == without_times(metrics_of(runs[1]))
     assert rollouts_of(runs[0]) == rollouts_of(runs[1])
@@ -118,31 +125,30 @@ def test_two_runs_of_one_seed_write_identical_metrics_and_rollouts(tiny):
     assert rollouts_of(other) != rollouts_of(runs[0])
 
 
-def test_evaluation_does_not_disturb_the_trajectory(tiny):
+def test_evaluation_does_not_change_the_training(tiny):
     plain = train.main(**tiny)
     with_eval = train.main(**tiny | dict(run_name="eval", eval_data=tiny["data"], eval_interval=1))
     assert rollouts_of(plain) == rollouts_of(with_eval)
-    trained, as_well = weights(plain / "step_2"), weights(with_eval / "step_2")
-    assert all(torch.equal(trained[name], as_well[name]) for name in trained)
+    a, b = weights(plain / "step_2"), weights(with_eval / "step_2")
+    assert all(torch.equal(a[name], b[name]) for name in a)
     rows = metrics_of(with_eval)
     assert [row["step"] for row in rows] == [0, 1, 2]  # before each step, and after the last
     assert all(0 <= row["eval/accuracy"] <= 1 for row in rows)
     assert without_times(metrics_of(plain)) == without_times(rows, ("time/", "eval/"))[:2]
 
 
-def test_a_checkpoint_is_a_folder_that_transformers_loads_and_that_train_takes(tiny):
+def test_a_checkpoint_is_a_folder_that_transformers_and_train_py_can_load(tiny):
     run = train.main(**tiny)
     folder = run / "step_2"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "What is 5 + 3?"}], tokenize=False, add_generation_prompt=True
-    )
+    messages = [{"role": "user", "content": "What is 5 + 3?"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)
     assert model.generate(**ids, max_new_tokens=5).shape[1] > ids.input_ids.shape[1]
     train.main(**tiny | dict(model_name=str(folder), run_name="again", max_steps=1))
 
 
-def test_config_json_says_what_ran(tiny):
+def test_config_json_records_the_settings_and_the_versions(tiny):
     run = train.main(**tiny)
     config = json.loads((run / "config.json").read_text())
     for name, value in tiny.items():
@@ -152,10 +158,11 @@ def test_config_json_says_what_ran(tiny):
     assert config["versions"]["torch"].startswith("2.13.0")
 
 
-def test_epochs_go_over_the_reshuffled_problems_until_they_or_max_steps_end(tiny):
-    run = train.main(
-        **tiny | dict(max_steps=None, epochs=2, rollouts_per_step=8, group_size=2, train_batch_size=16, max_new_tokens=2)
+def test_each_epoch_covers_every_problem_once_in_a_new_order(tiny):
+    changed = dict(
+        max_steps=None, epochs=2, rollouts_per_step=8, group_size=2, train_batch_size=16, max_new_tokens=2
     )
+    run = train.main(**tiny | changed)
     rows = rollouts_of(run)
     steps = [[r["question"] for r in rows if r["step"] == s][::2] for s in range(4)]
     assert len(metrics_of(run)) == 4
@@ -164,24 +171,25 @@ def test_epochs_go_over_the_reshuffled_problems_until_they_or_max_steps_end(tiny
 
 
 def test_every_other_setting_works(tiny, reward_model_folder):
-    """Each choice and switch that the other runs leave at its default."""
-    run = train.main(
-        **tiny
-        | dict(
-            reward_model_name=str(reward_model_folder), dtype="bfloat16", weight_decay=0.1, micro_batch_size=3,
-            gradient_checkpointing=True, epochs_per_step=2, kl_weight=0.0, clip_eps=0.1, max_norm=0.5, advantage_scale="group",
-            loss_normalizer="constant", top_p=0.9, temperature=1.3, system_prompt="Be brief.", reward_scorer="tanh",
-            verifier_method="strict", alpha=0.3, beta=0.2, eps=0.1, w_min=0.1, w_max=3.0, k=2.0, warmup_samples=3, lr=1e-4,
-        )
+    """Every choice and switch that the other runs leave at its default."""
+    changed = dict(
+        reward_model_name=str(reward_model_folder), dtype="bfloat16", weight_decay=0.1, micro_batch_size=3,
+        gradient_checkpointing=True, epochs_per_step=2, kl_weight=0.0, clip_eps=0.1, max_norm=0.5,
+        advantage_scale="group", loss_normalizer="constant", top_p=0.9, temperature=1.3,
+        system_prompt="Be brief.", reward_scorer="tanh", verifier_method="strict", alpha=0.3, beta=0.2,
+        eps=0.1, w_min=0.1, w_max=3.0, k=2.0, warmup_samples=3, lr=1e-4,
     )  # fmt: skip
+    run = train.main(**tiny | changed)
     for row in rollouts_of(run):
-        assert row["reward"] == pytest.approx(get_our_final_reward(row["r_hat"], 0, 0, w_min=0.1, w_max=3.0), abs=1e-5)
-    # A pass of the optimizer over each group; without a KL term a group whose rewards are all equal is passed over.
+        expected = get_our_final_reward(row["r_hat"], 0, 0, w_min=0.1, w_max=3.0)
+        assert row["reward"] == pytest.approx(expected, abs=1e-5)
+    # Each group gets one optimizer step per pass. Without a KL term, groups with equal rewards are skipped.
     groups = [row["advantage"] for row in rollouts_of(run) if row["step"] == 0]
     with_gradient = sum(any(groups[i : i + 4]) for i in (0, 4))
     assert metrics_of(run)[0]["policy/updates"] == 2 * with_gradient > 0
     assert metrics_of(run)[0]["policy/kl"] == 0
-    train.main(**tiny | dict(run_name="other", advantage_scale="none", loss_normalizer="sequence", max_steps=1))
+    changed = dict(run_name="other", advantage_scale="none", loss_normalizer="sequence", max_steps=1)
+    train.main(**tiny | changed)
 
 
 def test_weights_and_biases_offline_needs_no_account(tiny, monkeypatch):
@@ -190,7 +198,7 @@ def test_weights_and_biases_offline_needs_no_account(tiny, monkeypatch):
     assert list(run.glob("wandb/offline-run-*/*.wandb"))
 
 
-def test_weights_and_biases_without_an_account_is_refused_before_anything_loads(tiny, monkeypatch, tmp_path):
+def test_weights_and_biases_without_a_login_is_refused_before_anything_loads(tiny, monkeypatch):
     import wandb
 
     monkeypatch.setattr(wandb.setup().settings, "mode", "online")
@@ -199,31 +207,37 @@ def test_weights_and_biases_without_an_account_is_refused_before_anything_loads(
         train.main(**tiny | dict(wandb_project="test", model_name="would/fail"))
 
 
-def test_a_reward_model_that_cannot_be_loaded_gives_one_warning_and_a_verifier_only_run(tiny, tmp_path, capsys):
+def test_an_unloadable_reward_model_gives_one_warning_and_a_verifier_only_run(tiny, tmp_path, capsys):
     run = train.main(**tiny | dict(reward_model_name=str(tmp_path / "nothing"), max_steps=1))
     out = capsys.readouterr().out
     assert out.count("warning: ") == 1
-    assert "no such folder" in out and "the verifier alone decides" in out
+    assert "no such folder" in out and "only the verifier decides" in out
     assert {row["rm_score"] for row in rollouts_of(run)} == {0.0}
     assert {row["r_hat"] for row in rollouts_of(run)} <= {-0.5, 0.5}
 
 
-def test_answers_that_nothing_could_equal_are_refused_before_anything_loads(tiny, tmp_path):
+def test_answers_that_no_completion_could_equal_are_refused_before_anything_loads(tiny, tmp_path):
     data = tmp_path / "data.jsonl"
-    good = [{"question": "What is 1 + 1?", "answer": "2"}, {"question": "Expand (x+1)^2.", "answer": "x^2 + 2x + 1"}]
-    data.write_text("".join(json.dumps(r) + "\n" for r in [*good, {"question": "What is it?", "answer": "\\frac{"}]))
-    with pytest.raises(InputError, match=r"data.jsonl, line 3: its answer .*frac.* cannot be compared with any: it is neither"):
+    records = [
+        {"question": "What is 1 + 1?", "answer": "2"},
+        {"question": "Expand (x+1)^2.", "answer": "x^2 + 2x + 1"},
+        {"question": "What is it?", "answer": "\\frac{"},
+    ]
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    message = r"data.jsonl, line 3: its answer .*frac.* cannot be compared: it is neither"
+    with pytest.raises(InputError, match=message):
         train.main(**tiny | dict(data=str(data), model_name="/nowhere"))
 
 
 @pytest.mark.parametrize("with_reward_model", [True, False])
-def test_completions_in_which_nothing_can_be_read_earn_a_warning_before_the_second_step(
+def test_if_no_completion_has_an_answer_a_warning_comes_before_the_second_step(
     tiny, reward_model_folder, capsys, with_reward_model
 ):
     reward_model = str(reward_model_folder) if with_reward_model else "none"
-    train.main(**tiny | dict(verifier_method="strict", reward_model_name=reward_model))  # random bytes hold no mark
+    # Random bytes contain no marked answer.
+    train.main(**tiny | dict(verifier_method="strict", reward_model_name=reward_model))
     lines = capsys.readouterr().out.splitlines()
-    warnings = [i for i, line in enumerate(lines) if line.startswith("warning: not one of the")]
+    warnings = [i for i, line in enumerate(lines) if line.startswith("warning: none of the")]
     assert len(warnings) == 1
     assert "an <answer>, \\boxed{} or ####" in lines[warnings[0]]
     assert warnings[0] < next(i for i, line in enumerate(lines) if line.startswith("0: kl="))
@@ -231,7 +245,7 @@ def test_completions_in_which_nothing_can_be_read_earn_a_warning_before_the_seco
         assert warnings[0] < next(i for i, line in enumerate(lines) if line.startswith("training for"))
 
 
-def test_a_tanh_weight_below_0_earns_a_warning(tiny, capsys):
+def test_a_negative_tanh_weight_prints_a_warning(tiny, capsys):
     """tanh(-0.8^3) = -0.4716, so the weight of r_hat = -0.8 is 0.5 - 1.5 x 0.4716."""
     with pytest.raises(InputError):  # after the warning, and before anything loads
         train.main(**tiny | dict(reward_scorer="tanh", alpha=0.8, beta=0.2, data="nowhere.jsonl"))
@@ -241,12 +255,12 @@ def test_a_tanh_weight_below_0_earns_a_warning(tiny, capsys):
     assert "negative weight" not in capsys.readouterr().out
 
 
-def test_overlapping_bands_earn_a_warning(tiny, capsys):
+def test_overlapping_bands_print_a_warning(tiny, capsys):
     train.main(**tiny | dict(alpha=0.8, beta=0.5, max_steps=1))
     assert "bands overlap" in capsys.readouterr().out
 
 
-# -------------------------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------------------------- bad input
 
 BAD = [
     (dict(group_size=1), "--group-size 1: must be at least 2"),
@@ -285,17 +299,20 @@ BAD = [
     (dict(rollouts_per_step=17, train_batch_size=4), "16 problems, but --rollouts-per-step is 17"),
     (dict(max_length=30), "line 1: the prompt has 39 tokens, which leaves no room within --max-length 30"),
     (dict(model_name="./nowhere"), "--model-name ./nowhere: no such folder.*--model-name embedded"),
-    (dict(device="cuda"), "--device cuda: PyTorch finds none"),
+    (dict(device="cuda"), "--device cuda: PyTorch finds no such device"),
 ]
 
 
-@pytest.mark.parametrize(("change", "message"), BAD, ids=[" ".join(f"{k}={v}" for k, v in change.items()) for change, _ in BAD])
+BAD_IDS = [" ".join(f"{k}={v}" for k, v in change.items()) for change, _ in BAD]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD, ids=BAD_IDS)
 def test_bad_input_is_refused_with_value_rule_and_way_out(tiny, change, message):
     if change.get("device") == "cuda" and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     with pytest.raises(InputError, match=message):
         train.main(**tiny | change)
-    assert not Path(tiny["output"]).exists()  # refused before a folder is made
+    assert not Path(tiny["output"]).exists()  # refused before a folder is created
 
 
 def test_an_output_folder_that_cannot_be_written_is_refused(tiny, tmp_path):
@@ -304,7 +321,7 @@ def test_an_output_folder_that_cannot_be_written_is_refused(tiny, tmp_path):
         train.main(**tiny | dict(output=str(tmp_path / "file")))
 
 
-def test_two_runs_that_start_at_once_get_folders_of_their_own(tmp_path):
+def test_two_runs_that_start_at_the_same_time_get_separate_folders(tmp_path):
     folder = choose_folder(str(tmp_path), "run")
     assert choose_folder(str(tmp_path), "run") == folder
     first = RunLog(folder, False, {})
@@ -314,13 +331,13 @@ def test_two_runs_that_start_at_once_get_folders_of_their_own(tmp_path):
     assert RunLog(folder, True, {}).folder != folder
 
 
-def test_without_git_a_run_has_no_commit_but_goes_on(tmp_path, monkeypatch):
+def test_a_run_without_git_works_and_records_no_commit(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     run = RunLog(tmp_path / "run", False, {})
     assert json.loads((run.folder / "config.json").read_text())["git_commit"] is None
 
 
-def test_metrics_stay_json_when_a_value_is_not_finite(tmp_path):
+def test_metrics_are_valid_json_even_if_a_value_is_not_finite(tmp_path):
     run = RunLog(tmp_path / "run", False, {})
     run.metrics(0, {"a": math.nan, "b": math.inf, "c": 1.5})
     assert (run.folder / "metrics.jsonl").read_text() == '{"step": 0, "a": null, "b": null, "c": 1.5}\n'
@@ -331,12 +348,13 @@ def test_a_linear_schedule_falls_from_lr_to_zero(tiny):
     assert [row["optim/lr"] for row in metrics_of(run)] == pytest.approx([1e-4, 0.75e-4, 0.5e-4, 0.25e-4])
 
 
-def test_fewer_steps_than_asked_for_are_said(tiny, capsys):
+def test_a_run_reports_if_it_takes_fewer_steps_than_requested(tiny, capsys):
     train.main(**tiny | dict(epochs=1, max_steps=100, rollouts_per_step=16, max_new_tokens=2))
-    assert "training for 1 steps" in (out := capsys.readouterr().out) and "less than --max-steps 100" in out
+    out = capsys.readouterr().out
+    assert "training for 1 steps" in out and "fewer than --max-steps 100" in out
 
 
-def test_bounds_come_from_the_scores_that_worked(tiny, reward_model_folder, monkeypatch, capsys):
+def test_failed_scores_do_not_count_for_the_bounds(tiny, reward_model_folder, monkeypatch, capsys):
     real = train.AceRewardModel.score_texts
 
     def half_fails(self, prompts, responses):
@@ -349,13 +367,14 @@ def test_bounds_come_from_the_scores_that_worked(tiny, reward_model_folder, monk
     assert float(re.search(r"max=(-?[\d.]+)", capsys.readouterr().out)[1]) < -1
 
 
-def test_a_chat_template_that_refuses_a_system_message_is_plain_input_error(tiny, policy_folder, tokenizer, tmp_path):
-    import shutil
-
+def test_a_chat_template_that_refuses_a_system_message_raises_an_input_error(
+    tiny, policy_folder, tokenizer, tmp_path
+):
     folder = tmp_path / "strict"
     shutil.copytree(policy_folder, folder)
     (folder / "chat_template.jinja").write_text(
-        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + tokenizer.chat_template
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        + tokenizer.chat_template
     )
     with pytest.raises(InputError, match=r"no system role.*leave --system-prompt out"):
         train.main(**tiny | dict(model_name=str(folder), system_prompt="Be brief."))
@@ -371,8 +390,8 @@ def test_a_run_is_never_overwritten(tiny):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "no problems in it"),
-        ("\n\n", "no problems in it"),
+        ("", "it contains no problems"),
+        ("\n\n", "it contains no problems"),
         ('{"question": "a", "answer": "1"}\nnot json\n', "line 2: not JSON"),
         ('{"question": "a", "answer": "1"}\n\n{"question": "b"}\n', "line 3: no 'answer'"),
         ('{"answer": "1"}\n', "line 1: no 'question'"),
@@ -388,35 +407,40 @@ def test_bad_data_is_refused_with_file_and_line(tmp_path, content, message):
     path = tmp_path / "data.jsonl"
     path.write_text(content)
     with pytest.raises(InputError, match=message) as refused:
-        train.read_prompts(str(path), "--data")
+        read_problems(str(path), "--data")
     assert str(path) in str(refused.value)
 
 
-def test_answers_may_be_numbers_or_gsm8k_solutions(tmp_path):
+def test_answers_can_be_numbers_or_gsm8k_solutions(tmp_path):
     path = tmp_path / "data.jsonl"
-    path.write_text('{"question": "a", "answer": 8}\n{"question": "b", "answer": "3 + 4 = 7\\n#### 7", "more": 1}\n')
-    assert [(p.question, p.answer) for p in train.read_prompts(str(path), "--data")] == [("a", "8"), ("b", "7")]
+    path.write_text(
+        '{"question": "a", "answer": 8}\n{"question": "b", "answer": "3 + 4 = 7\\n#### 7", "more": 1}\n'
+    )
+    problems = read_problems(str(path), "--data")
+    assert [(p.question, p.answer) for p in problems] == [("a", "8"), ("b", "7")]
 
 
-def test_a_byte_order_mark_and_unicode_line_separators_inside_strings_are_fine(tmp_path):
+def test_data_may_have_a_byte_order_mark_and_unicode_line_separators_inside_strings(tmp_path):
     path = tmp_path / "data.jsonl"
-    path.write_bytes('\ufeff{"question": "a\u2028b\x85c", "answer": "1"}\r\n{"question": "d", "answer": "2"}\r\n'.encode())
-    assert [p.question for p in train.read_prompts(str(path), "--data")] == ["a\u2028b\x85c", "d"]
+    path.write_bytes(
+        '\ufeff{"question": "a\u2028b\x85c", "answer": "1"}\r\n{"question": "d", "answer": "2"}\r\n'.encode()
+    )
+    assert [p.question for p in read_problems(str(path), "--data")] == ["a\u2028b\x85c", "d"]
 
 
-def test_hub_data_sets_load_through_datasets(tmp_path):
+def test_data_sets_of_the_hub_load_through_datasets(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"question": "a", "answer": "#### 8"}\n')
     (tmp_path / "test.jsonl").write_text('{"question": "b", "answer": "#### 9"}\n')
-    assert [p.answer for p in train.read_prompts(f"hf:{tmp_path}", "--data")] == ["8"]
-    assert [p.answer for p in train.read_prompts(f"hf:{tmp_path}:default:test", "--data")] == ["9"]
+    assert [p.answer for p in read_problems(f"hf:{tmp_path}", "--data")] == ["8"]
+    assert [p.answer for p in read_problems(f"hf:{tmp_path}:default:test", "--data")] == ["9"]
     for bad in ("hf:", "hf:a:b:c:d"):
         with pytest.raises(InputError, match=r"hf:NAME\[:CONFIG\[:SPLIT\]\]"):
-            train.read_prompts(bad, "--data")
+            read_problems(bad, "--data")
     with pytest.raises(InputError, match="could not be loaded"):
-        train.read_prompts(f"hf:{tmp_path}/nothing", "--data")
+        read_problems(f"hf:{tmp_path}/nothing", "--data")
 
 
-def test_hub_data_sets_with_several_configurations_take_main(monkeypatch):
+def test_the_main_configuration_is_used_if_a_hub_data_set_has_several(monkeypatch):
     import datasets
 
     calls = []
@@ -428,16 +452,14 @@ def test_hub_data_sets_with_several_configurations_take_main(monkeypatch):
         return [{"question": "a", "answer": "#### 8"}]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert train.read_prompts("hf:openai/gsm8k", "--data")[0].answer == "8"
+    assert read_problems("hf:openai/gsm8k", "--data")[0].answer == "8"
     assert calls == [("openai/gsm8k", None, "train"), ("openai/gsm8k", "main", "train")]
 
 
-# ------------------------------------------------------------------------------------------------ the data and the docs
+# ---------------------------------------------------------------------------- the data, the documentation
 
 
-def test_the_arithmetic_files_are_what_their_script_writes(tmp_path, monkeypatch):
-    import sys
-
+def test_the_arithmetic_files_equal_what_their_script_writes(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "data"))
     import make_arithmetic
 
@@ -450,30 +472,28 @@ def test_the_arithmetic_files_are_what_their_script_writes(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("name", ["arithmetic", "arithmetic_hard"])
-def test_held_out_expressions_are_not_trained_on_in_any_wording_and_answers_are_right(name):
+def test_no_held_out_expression_is_trained_on_in_any_wording_and_all_answers_are_right(name):
     def expressions(part):
-        problems = train.read_prompts(str(ROOT / f"data/{name}_{part}.jsonl"), "--data")
+        problems = read_problems(str(ROOT / f"data/{name}_{part}.jsonl"), "--data")
         found = [re.search(r"\d[\d +*-]*\d|\d", p.question)[0] for p in problems]
         for expression, problem in zip(found, problems, strict=True):
             assert re.fullmatch(r"\d+( [-+*] \d+)+", expression)
-            assert eval(expression) == int(problem.answer)  # our own file, matched to digits and operators above
+            # eval is safe here: the line above allows only digits and operators.
+            assert eval(expression) == int(problem.answer)
         return problems, set(found)
 
     (train_problems, trained), (test_problems, held_out) = expressions("train"), expressions("test")
     assert (len(train_problems), len(test_problems)) == (2000, 200)
     assert not trained & held_out
-    if name == "arithmetic":  # nor in the other order
+    if name == "arithmetic":  # nor in the opposite order
         assert not trained & {" + ".join(reversed(e.split(" + "))) for e in held_out}
     assert len({p.question for p in train_problems + test_problems}) == 2200
 
 
-def test_every_hyperparameter_is_documented_and_every_metric_has_a_line(tiny):
+def test_every_hyperparameter_has_help_and_every_metric_is_documented(tiny):
     docs = train.main.__doc__
     for name in inspect.signature(train.main).parameters:
         assert re.search(rf"^ +{name}: ", docs, re.MULTILINE), name
-    readme = (ROOT / "README.md").read_text()
     run = train.main(**tiny | dict(max_steps=1, eval_data=tiny["data"]))
     for name in {key for row in metrics_of(run) for key in row} - {"step"}:
-        assert name in meanings(), f"docs/metrics.md has no line on {name}"
-    for name in inspect.signature(train.main).parameters:
-        assert f"`{name}`" in readme, name
+        assert name in meanings(), f"docs/metrics.md does not explain {name}"

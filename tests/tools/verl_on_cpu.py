@@ -1,7 +1,7 @@
-"""What verl 0.9.1 has for accelerators only, for a CPU: a platform, and a rollout by transformers' generate.
+"""What verl 0.9.1 lacks to train on a CPU: a platform, and a rollout that samples with transformers.
 
-For one slow test of real training steps; verl loads this module in each of its processes (VERL_USE_EXTERNAL_MODULES). A setup
-that verl does not support, and no measure of anything but the plumbing.
+Used by one slow test of real training steps. VERL_USE_EXTERNAL_MODULES makes verl load this module in each of
+its processes. verl does not support this setup. It shows that the parts fit together, and nothing more.
 """
 
 import abc
@@ -18,7 +18,7 @@ from verl.workers.rollout import base, replica
 
 
 class NoDevice(types.ModuleType):
-    """torch.cpu, with an answer of nothing to what only an accelerator has: memory in use, caches, streams."""
+    """torch.cpu, plus stubs for what only an accelerator has: memory statistics, caches and streams."""
 
     def mem_get_info(self, *_):
         return 1, 1
@@ -33,6 +33,7 @@ class NoDevice(types.ModuleType):
 
 
 def always(value=None):
+    """A method that ignores its arguments and returns a fixed value."""
     return lambda *_, **__: value
 
 
@@ -44,7 +45,7 @@ class PlatformCPU(PlatformBase):
     get_device_capability = always((None, None))
     communication_backend_name = always("gloo")
     visible_devices_envvar = always("CUDA_VISIBLE_DEVICES")
-    ray_resource_name = always("GPU")  # Ray is told of one that is not there
+    ray_resource_name = always("GPU")  # Ray is told of a GPU that does not exist
     ray_noset_envvars = always(["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"])
     is_ipc_supported = always(False)
     nvtx_range = always(contextlib.nullcontext())
@@ -53,16 +54,16 @@ class PlatformCPU(PlatformBase):
 for name in PlatformBase.__abstractmethods__ - vars(PlatformCPU).keys():
     setattr(PlatformCPU, name, always())
 set_platform(abc.update_abstractmethods(PlatformCPU)())
-import_utils.is_trl_available = lambda: False  # verl wants a class of an older TRL than the tests' one
+import_utils.is_trl_available = lambda: False  # verl needs a class that the tests' TRL no longer has
 
-# verl asks for "cpu:gloo,cpu:gloo", which torch refuses.
+# verl asks for the backend "cpu:gloo,cpu:gloo", which torch rejects.
 init_process_group = torch.distributed.init_process_group
 torch.distributed.init_process_group = lambda backend=None, **options: init_process_group("gloo", **options)
 
 
 @ray.remote(num_cpus=0)
 class Server:
-    """The policy's copy that generates, one completion at a time."""
+    """A copy of the policy that samples, one completion at a time."""
 
     def __init__(self, path: str, response_length: int):
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
@@ -87,16 +88,23 @@ class Server:
                 break
             feed = token[None]
         return replica.TokenOutput(
-            token_ids=ids, log_probs=log_probs, stop_reason="completed", num_preempted=0, extra_fields={"global_steps": self.step}
+            token_ids=ids,
+            log_probs=log_probs,
+            stop_reason="completed",
+            num_preempted=0,
+            extra_fields={"global_steps": self.step},
         )
 
     def no_op(self, *_, **__) -> None:
         return None
 
-    wake_up = sleep = abort_all_requests = resume_generation = clear_kv_cache = release_kv_cache = resume_kv_cache = no_op
+    wake_up = sleep = abort_all_requests = resume_generation = no_op
+    clear_kv_cache = release_kv_cache = resume_kv_cache = no_op
 
 
 class Replica(replica.RolloutReplica):
+    """verl's handle on a server."""
+
     async def launch_servers(self):
         path, length = self.model_config.path, self.config.response_length
         self._server_handle = Server.options(name=f"cpu_server_{self.replica_rank}").remote(path, length)
@@ -104,7 +112,7 @@ class Replica(replica.RolloutReplica):
 
 
 class Rollout(base.BaseRollout):
-    """In the training process: hands the weights over."""
+    """The training process's side of the rollout: sends the weights to the server."""
 
     async def resume(self, tags):
         return None
@@ -117,5 +125,5 @@ class Rollout(base.BaseRollout):
         await ray.get_actor("cpu_server_0").load.remote(state, global_steps)
 
 
-base._ROLLOUT_REGISTRY["cpu", "async"] = "tests.verl_on_cpu.Rollout"
+base._ROLLOUT_REGISTRY["cpu", "async"] = "tests.tools.verl_on_cpu.Rollout"
 replica.RolloutReplicaRegistry.register("cpu", lambda: Replica)

@@ -1,4 +1,4 @@
-"""A reward model behind HTTP in the shapes of vLLM and SGLang, over the real AceRewardModel, with faults on demand."""
+"""A reward-model server for tests: AceRewardModel behind the API of vLLM or SGLang, with faults on demand."""
 
 import asyncio
 import math
@@ -15,9 +15,10 @@ class RewardServer:
     """Answers POST /classify.
 
     Attributes:
-        faults: What to do with the next requests, one each: "drop", "slow", "nonsense", "500", "404"; "forever X" for all.
-        ignores_use_activation: Puts every score through a sigmoid, as an old vLLM does that does not know the flag.
-        requests: Bodies received.
+        faults: Faults of the next requests, one each: "drop", "slow", "nonsense", or an HTTP status such as
+            "500". "forever X" repeats the fault X.
+        ignores_use_activation: Apply a sigmoid to every score, like an old vLLM that does not know the flag.
+        requests: The bodies received so far.
     """
 
     def __init__(self, reward_model: AceRewardModel):
@@ -40,23 +41,24 @@ class RewardServer:
         elif fault == "slow":
             await asyncio.sleep(1.0)
         elif fault == "nonsense":
-            return web.json_response({"data": [{"index": 0, "label": "LABEL_0", "probs": ["high"]}], "embedding": [math.nan]})
+            result = {"index": 0, "label": "LABEL_0", "probs": ["high"]}
+            return web.json_response({"data": [result], "embedding": [math.nan]})
         elif fault:
             return web.Response(status=int(fault))
-        if "input" in body:  # vLLM
+        if "input" in body:  # from a client of vLLM
             (score,) = self.reward_model._forward([tuple(body["input"])]).tolist()
             if body.get("use_activation", True) or self.ignores_use_activation:
                 score = 1 / (1 + math.exp(-score))
-            return web.json_response(
-                {"object": "list", "data": [{"index": 0, "label": "LABEL_0", "probs": [score], "num_classes": 1}]}
-            )
+            result = {"index": 0, "label": "LABEL_0", "probs": [score], "num_classes": 1}
+            return web.json_response({"object": "list", "data": [result]})
         (score,) = self.reward_model._forward([tuple(body["input_ids"])]).tolist()
-        return web.json_response({"embedding": [score], "meta_info": {"prompt_tokens": len(body["input_ids"])}})
+        meta_info = {"prompt_tokens": len(body["input_ids"])}
+        return web.json_response({"embedding": [score], "meta_info": meta_info})
 
 
 @contextmanager
 def serving(reward_model: AceRewardModel) -> Iterator[RewardServer]:
-    """The server, in a thread of its own, for as long as this lasts."""
+    """Run a server in its own thread for the duration of a with block."""
     server, loop, started = RewardServer(reward_model), asyncio.new_event_loop(), threading.Event()
     app = web.Application()
     app.router.add_post("/classify", server.classify)

@@ -1,4 +1,4 @@
-"""The command line in a process of its own that starts in a moment: forked from one that has already imported train.py."""
+"""Run the command line in a process that starts at once: forked from one that has imported train.py."""
 
 import multiprocessing
 import os
@@ -11,11 +11,16 @@ from pathlib import Path
 from tests.conftest import ROOT
 
 FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["train", "peft", "tests.processes"])
+FORKSERVER.set_forkserver_preload(["train", "peft", "tests.tools.processes"])
 
 
 def start(flags: list[str], output: Path, inject: Callable | None = None) -> multiprocessing.Process:
-    """`python train.py flags`, its lines in a file; `inject`, a function of this package, is called there before."""
+    """Start `python train.py flags`.
+
+    Args:
+        output: File that its output is appended to.
+        inject: Called in the new process before training; a function that can be pickled.
+    """
     process = FORKSERVER.Process(target=_run, args=(flags, output, inject))
     process.start()
     return process
@@ -32,7 +37,8 @@ def _run(flags: list[str], output: Path, inject: Callable | None) -> None:
     import train
 
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background of a shell ignores it
+    # A shell starts background jobs, such as a test suite, with Ctrl-C ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if inject:
         inject()
     sys.argv = ["train.py", *flags]
@@ -40,7 +46,7 @@ def _run(flags: list[str], output: Path, inject: Callable | None) -> None:
 
 
 def finish(process: multiprocessing.Process, timeout: float = 120) -> int:
-    """Wait for the end; the exit status, negative for a signal."""
+    """Wait for the process to end, and return its exit status, which is negative for a signal."""
     process.join(timeout)
     if process.exitcode is None:
         process.kill()
@@ -50,16 +56,16 @@ def finish(process: multiprocessing.Process, timeout: float = 120) -> int:
 
 
 def run(flags: list[str], output: Path, inject: Callable | None = None) -> tuple[int, str]:
-    """Exit status and lines of a whole run."""
+    """Start a process, wait for its end, and return its exit status and output."""
     output.unlink(missing_ok=True)
     status = finish(start(flags, output, inject))
     return status, output.read_text()
 
 
 def wait_for(condition: Callable[[], object], timeout: float = 60) -> None:
-    """Return as soon as the condition holds."""
+    """Wait until the condition is true."""
     end = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > end:
-            raise TimeoutError("it did not come")
+            raise TimeoutError(f"the condition is still false after {timeout} s")
         time.sleep(0.01)
