@@ -1,6 +1,7 @@
-"""The README's table of GPU memory: python benchmarks/memory.py
+"""The table of GPU memory in docs/memory.md: python benchmarks/memory.py
 
-Computed by src/memory.py from the models' configurations, which are written out here; nothing is downloaded and no GPU is asked.
+src/engine/memory.py computes it from the models' configurations, which are written out here. Nothing is
+downloaded, and no GPU is needed.
 """
 
 import sys
@@ -15,28 +16,28 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qw
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from src import models
-from src.memory import ModelSize, Plan, measure
-from src.reward_model import reward_model_bytes
+from src.engine.memory import ModelSize, Plan, measure
+from src.placement import reward_model_bytes
 
 TINYLLAMA = LlamaConfig(
     vocab_size=32_000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
     num_key_value_heads=4, max_position_embeddings=2048, architectures=["LlamaForCausalLM"],
 )  # fmt: skip
 ACEMATH_RM = Qwen2Config(
-    vocab_size=152_064, hidden_size=3584, intermediate_size=18_944, num_hidden_layers=28, num_attention_heads=28,
-    num_key_value_heads=4, architectures=["Qwen2ForSequenceClassification"],
+    vocab_size=152_064, hidden_size=3584, intermediate_size=18_944, num_hidden_layers=28,
+    num_attention_heads=28, num_key_value_heads=4, architectures=["Qwen2ForSequenceClassification"],
 )  # fmt: skip
-PROMPT, COMPLETION = 42, 470  # tokens; together --max-length
+PROMPT, COMPLETION = 42, 470  # tokens; their sum is the default --max-length
 
 
-def saved(config: PreTrainedConfig, folder: Path) -> str:
-    """A model folder without weights."""
+def save_config(config: PreTrainedConfig, folder: Path) -> str:
+    """Make a model folder without weights, and return its path."""
     config.save_pretrained(folder)
     return str(folder)
 
 
 def policy_size(folder: str, lora_rank: int) -> ModelSize:
-    """Of the policy in bfloat16."""
+    """The sizes of a policy in bfloat16."""
     skeleton = models.skeleton(folder, AutoModelForCausalLM, torch.bfloat16, folder)
     if lora_rank:
         models.add_lora(skeleton, lora_rank)
@@ -44,33 +45,40 @@ def policy_size(folder: str, lora_rank: int) -> ModelSize:
 
 
 def table() -> str:
-    """The table in Markdown: GB before the first token, and at full length where that is more."""
+    """The table in Markdown: GB before the first token, and GB at full length if that is more."""
     with tempfile.TemporaryDirectory() as temporary:
-        policy, reward_model = saved(TINYLLAMA, Path(temporary, "policy")), saved(ACEMATH_RM, Path(temporary, "reward_model"))
-        whole, lora = policy_size(policy, 0), policy_size(policy, 16)
-        reward, in_int8 = (reward_model_bytes(reward_model, torch.bfloat16, eight_bit) for eight_bit in (False, True))
-    plan = Plan(whole, "cuda", 64, 8, 8, PROMPT, COMPLETION, reference=True)
+        policy = save_config(TINYLLAMA, Path(temporary, "policy"))
+        reward_model = save_config(ACEMATH_RM, Path(temporary, "reward_model"))
+        full, lora = policy_size(policy, 0), policy_size(policy, 16)
+        in_bfloat16, in_int8 = (
+            reward_model_bytes(reward_model, torch.bfloat16, eight_bit) for eight_bit in (False, True)
+        )
+    plan = Plan(full, "cuda", 64, 8, 8, PROMPT, COMPLETION, reference=True)
+    with_lora = replace(plan, policy=lora, reference=False)
     rows = {
         "all weights trained": plan,
         "`--kl-weight 0`": replace(plan, reference=False),
-        "`--lora-rank 16`": replace(plan, policy=lora, reference=False),
-        "`--lora-rank 16 --micro-batch-size 1`": replace(plan, policy=lora, reference=False, micro_batch_size=1),
+        "`--lora-rank 16`": with_lora,
+        "`--lora-rank 16 --micro-batch-size 1`": replace(with_lora, micro_batch_size=1),
     }
-    lines = ["| TinyLlama, 1.1 billion weights | no reward model | AceMath-7B-RM | in int8 | offloaded |", "|---" * 5 + "|"]
+    lines = [
+        "| TinyLlama, 1.1 billion weights | no reward model | AceMath-7B-RM | in int8 | offloaded |",
+        "|---" * 5 + "|",
+    ]
     for name, row in rows.items():
         cells = (
             row,
-            replace(row, reward_weights=reward),
+            replace(row, reward_weights=in_bfloat16),
             replace(row, reward_weights=in_int8),
-            replace(row, reward_weights=reward, reward_placement="offload"),
+            replace(row, reward_weights=in_bfloat16, reward_placement="offload"),
         )
-        ends = [[f"{size / 1e9:.1f}" for size in (cell.least(), cell.most())] for cell in cells]
-        lines.append("| " + " | ".join([name, *(" to ".join(dict.fromkeys(pair)) for pair in ends)]) + " |")
+        ranges = [[f"{size / 1e9:.1f}" for size in (cell.min_bytes(), cell.max_bytes())] for cell in cells]
+        lines.append("| " + " | ".join([name, *(" to ".join(dict.fromkeys(ends)) for ends in ranges)]) + " |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Print it."""
+    """Print the table."""
     print(table())
 
 

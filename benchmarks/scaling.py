@@ -1,7 +1,8 @@
-"""How a step grows, and the gain over a plain loop with it: python benchmarks/scaling.py [--help]
+"""How a step's time grows, here and in a plain loop: python benchmarks/scaling.py [--help]
 
-The programs `ours` and `plain` of step.py in turns in one process, with 2 questions, 32 tokens a completion and the end token
-suppressed, while one size grows: prompt length, group size, completion length, questions. Prompts are random token ids.
+The programs `ours` and `plain` of step.py take turns in one process. Starting from 2 questions with prompts
+of 64 tokens and 8 completions of 32 tokens each, one size grows at a time: prompt length, group size,
+completion length, or the number of questions. Prompts are random token ids, and the end token is suppressed.
 """
 
 import json
@@ -19,39 +20,41 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import step  # noqa: E402
 
-import train  # noqa: E402
-
 BASE = {"prompt": 64, "group": 8, "tokens": 32, "questions": 2}
 AXES = {"prompt": (64, 256, 512), "group": (4, 8, 16, 32), "tokens": (32, 64, 128), "questions": (2, 4, 8)}
+LABELS = {
+    "prompt": "prompt, tokens",
+    "group": "completions per question",
+    "tokens": "completion, tokens",
+    "questions": "questions",
+}
 
 
 def measure(size: dict[str, int], model: str, repetitions: int) -> dict[str, float]:
-    """Median seconds of a step of each program."""
-    step.Q, step.G = size["questions"], size["group"]
-    prompts = torch.randint(100, 40_000, (size["questions"], size["prompt"])).tolist()
-    train.encode_prompts = lambda *_: prompts
-    data = str(ROOT / "data" / "dummy_math_tasks.jsonl")
-    programs = {"ours": step.ours(data, model, size["tokens"]), "plain": step.plain(data, model, size["tokens"])}
+    """The median seconds of a step, by program."""
+    task = step.Task(
+        data=str(ROOT / "data" / "dummy_math_tasks.jsonl"),
+        model=model,
+        tokens=size["tokens"],
+        questions=size["questions"],
+        group_size=size["group"],
+        prompt_ids=torch.randint(100, 40_000, (size["questions"], size["prompt"])).tolist(),
+    )
+    programs = {"ours": step.ours(task), "plain": step.plain(task)}
     for program in programs.values():
-        next(program)
+        next(program)  # sets it up
     timed = step.in_turns({name: program.__next__ for name, program in programs.items()}, repetitions)
     return {name: statistics.median(seconds for seconds, _ in rounds) for name, rounds in timed.items()}
 
 
-def figure(results: list[dict], path: Path) -> None:
-    """Times faster than the plain loop, a panel for each size that grows."""
+def draw(results: list[dict], path: Path) -> None:
+    """Draw the speedup over the plain loop, with one panel for each size that grows."""
     import matplotlib
 
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
     plt.rcParams |= {"svg.hashsalt": "scaling", "font.size": 9}
-    names = {
-        "prompt": "prompt, tokens",
-        "group": "completions of a question",
-        "tokens": "completion, tokens",
-        "questions": "questions",
-    }
     shown = [axis for axis in AXES if any(r["axis"] == axis for r in results)]
     figure, panels = plt.subplots(
         1, len(shown), figsize=(2.4 * len(shown), 2.4), sharey=True, layout="constrained", squeeze=False
@@ -62,11 +65,21 @@ def figure(results: list[dict], path: Path) -> None:
         panel.set_xscale("log", base=2)
         panel.set_xticks([x for x, _ in points], [str(x) for x, _ in points])
         panel.minorticks_off()
-        panel.set_xlabel(names[axis])
+        panel.set_xlabel(LABELS[axis])
         panel.grid(alpha=0.3)
-    panels[0][0].set_ylabel("times faster than\na plain loop")
+    panels[0][0].set_ylabel("speedup over\na plain loop")
     panels[0][0].set_ylim(bottom=0)
     figure.savefig(path, metadata={"Date": None})
+
+
+def show(results: list[dict]) -> None:
+    """Print a row per measurement."""
+    table = Table("grows", "prompt", "group", "tokens", "questions", "ours, s", "plain, s", "times")
+    for r in results:
+        sizes = [str(r["size"][name]) for name in BASE]
+        seconds = (f"{r['ours']:.1f}", f"{r['plain']:.1f}", f"{r['plain'] / r['ours']:.1f}")
+        table.add_row(r["axis"], *sizes, *seconds)
+    Console(width=120).print(table)
 
 
 def main(
@@ -76,12 +89,12 @@ def main(
     output: Path | None = None,
     picture: Path | None = None,
 ) -> None:
-    """Grow one size after the other and print a table.
+    """Grow one size after another, and print a table.
 
     Args:
-        axes: Sizes to grow: prompt, group, tokens, questions.
-        repetitions: Steps of each program and size, after one to warm up.
-        model: As --model-name of train.py takes it.
+        axes: The sizes to grow: prompt, group, tokens, questions.
+        repetitions: Steps per program and size, after a warm-up step.
+        model: A model, named as for train.py's --model-name.
         output: File for the figures as JSON.
         picture: SVG file for a figure.
     """
@@ -91,18 +104,14 @@ def main(
         for value in AXES[axis]:
             size = BASE | {axis: value}
             known = next((r for r in results if r["size"] == size), None)
-            measured = {k: known[k] for k in ("ours", "plain")} if known else measure(size, model, repetitions)
-            results.append({"axis": axis, "size": size, **measured})
-            print(f"{axis} {value}: ours {measured['ours']:.1f} s, plain {measured['plain']:.1f} s", flush=True)
-    table = Table("grows", "prompt", "group", "tokens", "questions", "ours, s", "plain, s", "times")
-    for r in results:
-        sizes = [str(r["size"][name]) for name in BASE]
-        table.add_row(r["axis"], *sizes, f"{r['ours']:.1f}", f"{r['plain']:.1f}", f"{r['plain'] / r['ours']:.1f}")
-    Console(width=120).print(table)
+            seconds = measure(size, model, repetitions) if known is None else known
+            results.append({"axis": axis, "size": size, "ours": seconds["ours"], "plain": seconds["plain"]})
+            print(f"{axis} {value}: ours {seconds['ours']:.1f} s, plain {seconds['plain']:.1f} s", flush=True)
+    show(results)
     if output:
         output.write_text(json.dumps({"torch": torch.__version__, "results": results}, indent=2) + "\n")
     if picture:
-        figure(results, picture)
+        draw(results, picture)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""How long the verifier takes: python benchmarks/verifier.py [--json-file FILE]
+"""Measure the speed of the verifier: python benchmarks/verifier.py [--json-file FILE]
 
-64 completions of the embedded model a batch (tests/generated_answers.jsonl), each batch by a new verifier with nothing in its
-cache; and the time until the process of the symbolic stage answers its first question.
+It times three things: batches of 64 completions of the bundled model (tests/generated_answers.jsonl) with
+empty caches, the start of the process for the symbolic stage, and a symbolic comparison.
 """
 
 import json
@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import tyro
 
+from src.answers.final_answer import final_answer
 from src.math_verifier import MathVerifier
 from src.symbolic import SymbolicWorker
 
@@ -21,29 +22,36 @@ ROOT = Path(__file__).parent.parent
 REPETITIONS = 15
 
 
-def main(json_file: Path | None = None) -> None:
-    """Print medians, least and most of 15 repetitions.
+def time_batches(rows: list[dict]) -> tuple[list[float], float]:
+    """Verify batches of 64 completions, each with a new verifier and an empty cache of parsed answers.
 
     Args:
-        json_file: Also write them there.
-    """
-    rows = [json.loads(line) for line in (ROOT / "tests/generated_answers.jsonl").read_text().splitlines()]
-    results = {}
+        rows: Records with "question", "response" and "truth".
 
+    Returns:
+        Milliseconds per batch, and the share of answers settled without the symbolic stage.
+    """
     times, fast, extracted = [], 0.0, 0.0
     for repetition in range(REPETITIONS + 1):
         batch = [rows[(64 * repetition + i) % len(rows)] for i in range(64)]
-        questions, responses, truths = ([row[key] for row in batch] for key in ("question", "response", "truth"))
+        questions, responses, truths = (
+            [row[key] for row in batch] for key in ("question", "response", "truth")
+        )
+        final_answer.cache_clear()
         with MathVerifier() as verifier:
             verifier.prepare(truths)
-            time.sleep(1.0)  # start-up is measured below
+            time.sleep(1.0)  # leave out the start-up, which time_start() measures
             started = time.perf_counter()
             verifier.verify_batch(questions, responses, truths)
             times.append(1e3 * (time.perf_counter() - started))
             metrics = verifier.metrics()
-            fast, extracted = fast + metrics["verifier/fast"], extracted + 64 * metrics["verifier/extracted_frac"]
-    results["64 completions, ms"] = times[1:]  # the first one compiles the patterns
+            fast += metrics["verifier/fast"]
+            extracted += 64 * metrics["verifier/extracted_frac"]
+    return times[1:], fast / extracted  # without the first batch, which compiles the patterns
 
+
+def time_start() -> list[float]:
+    """Milliseconds until the process of the symbolic stage answers its first question."""
     times = []
     for _ in range(REPETITIONS):
         worker = SymbolicWorker()
@@ -51,22 +59,41 @@ def main(json_file: Path | None = None) -> None:
         worker.ask("$x+1$", "$1+x$", time.monotonic() + 60)
         times.append(1e3 * (time.perf_counter() - started))
         worker.close()
-    results["start of the symbolic stage, ms"] = times
+    return times
 
+
+def time_symbolic_comparison() -> float:
+    """Mean milliseconds of one symbolic comparison."""
+    responses = [rf"\boxed{{{i}x + x^2}}" for i in range(3, 43)]
+    truths = [f"x^2+{i}x" for i in range(3, 43)]
     with MathVerifier() as verifier:
-        pairs = [(rf"\boxed{{{i}x + x^2}}", f"x^2+{i}x") for i in range(3, 43)]
         verifier.prepare(["x"])
-        verifier.verify("", *pairs[0])
+        verifier.verify("", responses[0], truths[0])  # waits for the process to start
         started = time.perf_counter()
-        assert all(v["correct"] for v in verifier.verify_batch([""] * len(pairs), [r for r, _ in pairs], [t for _, t in pairs]))
-        results["a symbolic comparison, ms"] = [1e3 * (time.perf_counter() - started) / len(pairs)]
+        verdicts = verifier.verify_batch([""] * len(responses), responses, truths)
+        assert all(verdict["correct"] for verdict in verdicts)
+        return 1e3 * (time.perf_counter() - started) / len(responses)
 
-    print(f"{'':34} {'median':>8} {'least':>8} {'most':>8}")
+
+def main(json_file: Path | None = None) -> None:
+    """Print the median, minimum and maximum of 15 repetitions.
+
+    Args:
+        json_file: If given, also write the results there.
+    """
+    rows = [json.loads(line) for line in (ROOT / "tests/generated_answers.jsonl").read_text().splitlines()]
+    batch_times, fast_share = time_batches(rows)
+    results = {
+        "64 completions, ms": batch_times,
+        "start of the symbolic stage, ms": time_start(),
+        "a symbolic comparison, ms": [time_symbolic_comparison()],
+    }
+    print(f"{'':34} {'median':>8} {'min':>8} {'max':>8}")
     for name, values in results.items():
         print(f"{name:34} {statistics.median(values):8.1f} {min(values):8.1f} {max(values):8.1f}")
-    print(f"answers settled without the symbolic stage: {100 * fast / extracted:.1f} %")
+    print(f"answers settled without the symbolic stage: {100 * fast_share:.1f}%")
     if json_file:
-        json_file.write_text(json.dumps({**results, "fast share": fast / extracted}, indent=1) + "\n")
+        json_file.write_text(json.dumps({**results, "fast share": fast_share}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""Write the arithmetic problems beside this file, the same ones each time: python data/make_arithmetic.py
+"""Write the arithmetic problems next to this file, the same ones each time: python data/make_arithmetic.py
 
-arithmetic_{train,test}.jsonl: sums of two different numbers up to 24, of which the embedded model answers a quarter at first.
-arithmetic_hard_{train,test}.jsonl: two-digit sums and products and three terms, where it begins near none. No expression of a
-test file is in its train file in any wording; of the easy files no sum in the other order either, of the hard ones 3 of 200 are.
+arithmetic_{train,test}.jsonl has sums of two different numbers up to 24. Before training, the bundled model
+answers about a quarter of them correctly. arithmetic_hard_{train,test}.jsonl has two-digit sums and products,
+and expressions with three terms. There, the bundled model starts near zero. No expression in a test file
+appears in its train file in any wording. In the easy files, this is also true with the terms swapped. In the
+hard files, 3 of the 200 test expressions appear in the train file with their terms swapped.
 """
 
 import json
@@ -15,24 +17,28 @@ TRAIN, TEST = 2000, 200
 
 
 def easy_problems(rng: random.Random) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
-    """Sums of numbers up to 24, as (train, test); a + b and b + a are on the same side.
+    """Sums of two numbers up to 24, as (train, test). a + b and b + a are always in the same part.
 
-    Training has each in every wording. The test has each in one, so that its 200 answers are of 100 different pairs: the
-    same sum in several wordings is right or wrong together, which would leave far fewer independent answers.
+    The train part has each sum in all wordings. The test part has each sum in only one wording, so that its
+    200 answers come from 100 different pairs. A model gets the same sum right or wrong in all wordings, so
+    repeating sums would leave far fewer independent answers.
     """
     pairs = [(a, b) for a in range(25) for b in range(a + 1, 25)]
     rng.shuffle(pairs)
-    worded = lambda pair, wording: [(wording.format(f"{a} + {b}"), a + b) for a, b in (pair, pair[::-1])]  # noqa: E731
-    held_out = TEST // 2
-    test = [problem for pair in pairs[:held_out] for problem in worded(pair, rng.choice(WORDINGS))]
-    train = [problem for pair in pairs[held_out:] for wording in WORDINGS for problem in worded(pair, wording)]
+
+    def both_orders(pair: tuple[int, int], wording: str) -> list[tuple[str, int]]:
+        return [(wording.format(f"{a} + {b}"), a + b) for a, b in (pair, pair[::-1])]
+
+    held_out, rest = pairs[: TEST // 2], pairs[TEST // 2 :]
+    test = [problem for pair in held_out for problem in both_orders(pair, rng.choice(WORDINGS))]
+    train = [problem for pair in rest for wording in WORDINGS for problem in both_orders(pair, wording)]
     rng.shuffle(test)
     rng.shuffle(train)
     return train, test
 
 
 def hard_expressions(rng: random.Random) -> list[tuple[str, int]]:
-    """Random two-digit sums and products and sums and differences of three two-digit terms, each once."""
+    """Distinct random expressions: two-digit a + b, a + b + c, a + b - c, and a * b with b from 3 to 9."""
     found: dict[str, int] = {}
     while len(found) < TRAIN + TEST:
         a, b, c = (rng.randint(10, 99) for _ in range(3))
@@ -49,11 +55,13 @@ def hard_expressions(rng: random.Random) -> list[tuple[str, int]]:
 
 
 def write(name: str, problems: list[tuple[str, int]]) -> None:
+    """Write (question, answer) pairs to a file next to this one."""
     lines = [json.dumps({"question": question, "answer": str(answer)}) for question, answer in problems]
     (HERE / name).write_text("\n".join(lines) + "\n")
 
 
 def main() -> None:
+    """Write the four files."""
     rng = random.Random(0)
     train, test = easy_problems(rng)
     write("arithmetic_train.jsonl", train[:TRAIN])

@@ -1,9 +1,12 @@
-"""Train the embedded reward model (src/judge.py): python data/make_judge.py
+"""Train the bundled reward model (src/judge.py): python data/make_judge.py
 
-SmolLM2-135M-Instruct with a LoRA adapter learns to answer questions of the kinds below at once. Loss: cross-entropy of the right
-answer, plus Bradley-Terry between the log-probabilities of the right answer and of a wrong one (near misses, operands, other
-operations, random numbers). No expression of a test file of data/ is trained on in either order.
-Writes data/embedded_judge/, a peft folder. Half an hour on two cores, 4 GB of memory.
+SmolLM2-135M-Instruct with a LoRA adapter learns to answer questions of the kinds below directly, without
+reasoning. The loss is the cross-entropy of the right answer, plus a Bradley-Terry loss between the
+log-probabilities of the right answer and of a wrong one (a near miss, an operand, the result of another
+operation, a random number). The judge is not trained on any expression from the test files in data/, not even
+with its terms swapped.
+
+The script writes data/embedded_judge/, a peft folder. It needs half an hour on two cores, and 4 GB of memory.
 """
 
 import json
@@ -17,15 +20,16 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 import tyro
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from data.make_arithmetic import WORDINGS
-from src import models
+from src import hub, models
+from src.engine.master_weights import MasterWeights
+from src.engine.memory import keep_freed_memory
 from src.judge import JUDGE_FOLDER, answer_log_probs, judge_text
-from src.master_weights import MasterWeights
-from src.memory import keep_freed_memory
 
 HERE = Path(__file__).parent
+WARMUP_STEPS = 20
 STORIES = {
     "+": (
         "{n} has {a} {t} and buys {b} more. How many {t} does {n} have now?",
@@ -53,15 +57,16 @@ STORIES = {
         "A rope of {a} meters is cut into {b} equal parts. How many meters long is each part?",
     ),
 }
-CARD = """A LoRA adapter (peft) that makes SmolLM2-135M-Instruct a judge of final answers to arithmetic questions, the embedded
-reward model of this repository: see src/judge.py. Made by data/make_judge.py. Apache-2.0, as SmolLM2 is.
+CARD = """A LoRA adapter (peft) that makes SmolLM2-135M-Instruct a judge of final answers in arithmetic. It is
+the bundled reward model of this repository (see src/judge.py), trained by data/make_judge.py.
+Apache-2.0, like SmolLM2.
 """
 NAMES = ["Tom", "Anna", "Sara", "Ben", "Mia", "Leo", "Ella", "Sam"]
 THINGS = ["apples", "pens", "cookies", "candies", "books", "marbles", "stickers", "cards"]
 
 
 def held_out_expressions() -> set[str]:
-    """Every expression of the test files, and each sum in the other order."""
+    """All expressions in the test files, and the sums among them with their terms reversed."""
     held_out = set()
     for name in ("arithmetic_test.jsonl", "arithmetic_hard_test.jsonl"):
         for line in (HERE / name).read_text().splitlines():
@@ -71,9 +76,11 @@ def held_out_expressions() -> set[str]:
 
 
 def problem(rng: random.Random, held_out: set[str]) -> tuple[str, int, list[int]]:
-    """A question, its answer, and the numbers in it."""
+    """A random question that is not held out, its answer, and the numbers in it."""
     while True:
-        kind = rng.choice(["easy", "easy", "sum", "difference", "product", "three", "three minus", "quotient"])
+        kind = rng.choice(
+            ["easy", "easy", "sum", "difference", "product", "three", "three minus", "quotient"]
+        )
         a, b, c = (rng.randint(10, 99) for _ in range(3))
         if kind == "easy":
             a, b = rng.randint(0, 24), rng.randint(0, 24)
@@ -113,7 +120,7 @@ def problem(rng: random.Random, held_out: set[str]) -> tuple[str, int, list[int]
 
 
 def wrong_answer(rng: random.Random, answer: int, terms: list[int]) -> int:
-    """Mostly one that is easily mistaken for the right one."""
+    """A random wrong answer, mostly one that is easily mistaken for the right one."""
     while True:
         other = rng.choice(
             [
@@ -132,57 +139,88 @@ def wrong_answer(rng: random.Random, answer: int, terms: list[int]) -> int:
             return other
 
 
+def loss_and_ranking(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: list[tuple[str, int, list[int]]],
+    rng: random.Random,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Both losses of a batch of problems.
+
+    Args:
+        model: The judge in training.
+        tokenizer: Its tokenizer.
+        problems: From `problem`.
+        rng: Draws the wrong answers.
+
+    Returns:
+        Cross-entropy per token of the right answers, Bradley-Terry loss, and the share of problems whose
+        right answer scores higher; all scalars.
+    """
+    texts = [judge_text(tokenizer, question, str(answer)) for question, answer, _ in problems]
+    texts += [
+        judge_text(tokenizer, question, str(wrong_answer(rng, answer, terms)))
+        for question, answer, terms in problems
+    ]
+    scores, lengths = answer_log_probs(model, texts)  # (2 x batch,) each
+    right, wrong = scores.chunk(2)
+    cross_entropy = (-right / lengths[: len(problems)]).mean()
+    bradley_terry = -torch.nn.functional.logsigmoid(right - wrong).mean()
+    return cross_entropy, bradley_terry, (right > wrong).float().mean()
+
+
+def lr_factor(step: int, steps: int) -> float:
+    """A step's learning rate as a fraction of the peak: a linear warmup times a half cosine from 1 to 0."""
+    warmup = min((step + 1) / WARMUP_STEPS, 1.0)
+    return warmup * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / steps)).item())
+
+
 def main(
-    steps: int = 700, batch: int = 24, rank: int = 8, lr: float = 1e-3, pair_weight: float = 0.5, seed: int = 0,
+    steps: int = 700,
+    batch: int = 24,
+    rank: int = 8,
+    lr: float = 1e-3,
+    pair_weight: float = 0.5,
+    seed: int = 0,
     output: Path = JUDGE_FOLDER,
-) -> None:  # fmt: skip
+) -> None:
     """Train the judge and save its adapter.
 
     Args:
         steps: Optimizer steps.
-        batch: Problems a step.
-        rank: Of the adapter.
-        lr: Highest learning rate; it falls to 0 in a half cosine after 20 steps of warmup.
-        pair_weight: Weight of the Bradley-Terry loss beside the cross-entropy.
-        seed: Of problems and initial weights.
+        batch: Problems per step.
+        rank: Rank of the adapter.
+        lr: Peak learning rate; see `lr_factor`.
+        pair_weight: Weight of the Bradley-Terry loss; the cross-entropy has weight 1.
+        seed: Seed of the problems and of the initial weights.
         output: Folder to write.
     """
     keep_freed_memory()
     torch.manual_seed(seed)
     rng = random.Random(seed)
     held_out = held_out_expressions()
-    folder = models.embedded_folder()
+    folder = hub.embedded_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    adapter = models.add_lora(model, rank)  # lives in the model's layers
+    adapter = models.add_lora(model, rank)  # its weights are in the model's layers
     master = MasterWeights(model, models.pick_dtype(torch.device("cpu"), "auto"))
     optimizer = torch.optim.AdamW(master.parameters, lr=lr, weight_decay=0.0)
-    warmup = 20
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda s: min((s + 1) / warmup, 1.0) * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * s / steps)).item()),
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, steps))
     started = time.perf_counter()
     for step in range(steps):
         problems = [problem(rng, held_out) for _ in range(batch)]
-        texts = [judge_text(tokenizer, q, str(answer)) for q, answer, _ in problems]
-        texts += [judge_text(tokenizer, q, str(wrong_answer(rng, answer, terms))) for q, answer, terms in problems]
-        scores, lengths = answer_log_probs(model, texts)  # (2 x batch,) each
-        right, wrong = scores.chunk(2)
-        cross_entropy = (-right / lengths[:batch]).mean()
-        pairs = -torch.nn.functional.logsigmoid(right - wrong).mean()
-        (cross_entropy + pair_weight * pairs).backward()
-        master.accumulate_gradients()
+        cross_entropy, bradley_terry, ranked = loss_and_ranking(model, tokenizer, problems, rng)
+        (cross_entropy + pair_weight * bradley_terry).backward()
+        master.take_gradients()
         torch.nn.utils.clip_grad_norm_(master.parameters, 1.0)
         optimizer.step()
         schedule.step()
         master.write_back()
-        master.release_gradients()
+        master.zero_grad()
         if step % 20 == 0 or step + 1 == steps:
-            ranked = (right > wrong).float().mean()
             print(
-                f"{step}: cross-entropy {cross_entropy:.3f}, pairs {pairs:.3f}, ranked right {100 * ranked:.0f} %, "
-                f"{(time.perf_counter() - started) / 60:.1f} min",
+                f"{step}: cross-entropy {cross_entropy:.3f}, pairs {bradley_terry:.3f}, "
+                f"ranked right {100 * ranked:.0f}%, {(time.perf_counter() - started) / 60:.1f} min",
                 flush=True,
             )
     adapter.peft_config["default"].base_model_name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
