@@ -112,10 +112,12 @@ def commands() -> list[Command]:
 
 
 def is_printed(line: str, output: list[str]) -> bool:
-    """Whether an output contains a document's line, apart from numbers, dates and the width of spaces."""
+    """Whether an output contains a document's line, apart from numbers, dates, dtype and spaces."""
     pattern = re.escape(line.strip())
     for what, replacement in (
-        (r"\d(?:[\d.,]|\\\.)*", r"[\\d.,]+"),
+        (r"bfloat16|float32", "DTYPE"),  # what models compute in depends on the processor
+        (r"(?:\\-)?\d(?:[\d.,]|\\\.)*", r"-?[\\d.,]+"),
+        ("DTYPE", "(?:bfloat16|float32)"),
         (r"(?:\\ )+", r"\\s+"),
         (r"\\\.\\\.\\\.", ".*"),
     ):
