@@ -23,6 +23,7 @@ from src.engine.master_weights import MasterWeights
 from src.engine.memory import BatchSize
 from src.engine.sampler import Sampling, decode, sample
 from src.errors import InputError
+from src.files import write_text
 from src.intervals import Comparison, Estimate, compare, estimate_all, values_per_question, wilson
 from src.math_verifier import MathVerifier
 from src.problems import Problem, with_prompts
@@ -287,7 +288,7 @@ def report_evaluation(
             _print_comparison(method, evaluations, compared, flips)
     result |= {"hyperparameters": settings, **environment()}
     text = json.dumps(result, indent=2, ensure_ascii=False) + "\n"
-    (folder / "evaluation.json").write_text(text, encoding="utf-8")
+    write_text(folder / "evaluation.json", text)
     with (folder / "evaluation.jsonl").open("w", encoding="utf-8") as file:
         for evaluation in evaluations:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in evaluation.rows(problems))
