@@ -57,11 +57,14 @@ def main(completions: int = 20_000, repetitions: int = 5, json_file: Path | None
         repetitions: How many times to open the page.
         json_file: If given, all times are also written to this file.
     """
+    chromium = find_chromium()
+    if chromium is None:
+        sys.exit("no Chromium found; install one (apt-get install chromium), or set CHROMIUM to its path")
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         run = write_run(Path(folder) / "run", steps=completions // 40, questions=5, group_size=8, words=100)
         times: Times = {"draw the page, ms": time_drawing(run)}
         size = (run / "report.html").stat().st_size / 1e6
-        browser = playwright.chromium.launch(executable_path=find_chromium())
+        browser = playwright.chromium.launch(executable_path=chromium)
         for _ in range(repetitions):
             time_page(browser, run / "report.html", times)
         version = browser.version

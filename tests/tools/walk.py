@@ -24,6 +24,10 @@ from pathlib import Path
 import tyro
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tests.tools.chromium import find_chromium  # noqa: E402
+
 # In reading order. The README comes first, because later pages use the runs that it makes. docs/data.md
 # evaluates the last checkpoint of such a run, so it must come before docs/runs.md, which sets that one aside.
 DOCUMENTS = (
@@ -46,11 +50,14 @@ DOCUMENTS = (
 # Commands that cannot run everywhere, and why.
 ELSEWHERE = {
     r"^(bash setup\.sh )?python train\.py( --reward-scorer tanh)?$": "downloads TinyLlama and needs a GPU",
+    r"benchmarks/gpu\.py": "needs a GPU",
     r"^accelerate launch": "needs several GPUs",
     r"hf:": "downloads from the Hugging Face hub",
     r"calibrate .*HOST|^vllm|^python -m sglang": "needs a reward-model server",
     r"\.venv-verl|^pip install .verl|^ray ": "needs its own environment, with vLLM",
 }
+if find_chromium() is None:
+    ELSEWHERE[r"benchmarks/report\.py"] = "needs Chromium"
 # Commands that take more than ten minutes on two cores.
 LONG = "|".join(
     (
