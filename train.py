@@ -233,12 +233,12 @@ def main(
     # How to sample, reward and update, and how many completions at a time
     sampling = select(Sampling, args, stop_ids=models.stop_token_ids(policy, tokenizer))
     reward_settings, update_settings = select(RewardSettings, args), select(UpdateSettings, args)
-    batch_size, micro_batch = BatchSize(rollouts_per_step * group_size), BatchSize(micro_batch_size)
+    batch_size = BatchSize(rollouts_per_step * group_size)
+    micro_batch, reference_batch = BatchSize(micro_batch_size), BatchSize(micro_batch_size)
 
     # The run: its files, and its progress, which is new or from a checkpoint
     total_steps = min(epochs * (len(problems) // rollouts_per_step), max_steps or sys.maxsize)
-    order_generator = torch.Generator().manual_seed(seed)
-    sample_generator = torch.Generator(run_device).manual_seed(seed)
+    order_generator, sample_generator = (torch.Generator(d).manual_seed(seed) for d in ("cpu", run_device))
     generators = {"order": order_generator, "sample": sample_generator}
     state = TrainingState(adapter or policy, tokenizer, master, optimizer, generators)
     fresh = Progress.start(problems, policy_id, reward_choice.name if reward_model else None)
@@ -304,7 +304,7 @@ def main(
                     ref_log_probs = None
                     if reference:
                         ref_log_probs = reference_log_probs(
-                            reference, samples, temperature, micro_batch
+                            reference, samples, temperature, reference_batch
                         )  # (B, T-1)
                 updates = update(
                     policy, state, samples, advantages, ref_log_probs, update_settings, micro_batch
@@ -534,27 +534,23 @@ def accumulate_gradients(
     Returns:
         Sums over these completions' tokens for the metrics, and the rows whose loss is not finite.
     """
-    sums = metrics.LossSums()
     master.zero_grad()  # discards the gradients of an attempt that ran out of memory
+    passes = []
     for part in micro_batches(policy, samples, rows, size):
         at, n = part.rows, part.width
         mask, old = samples.action_mask[at, :n], samples.log_probs[at, :n]  # (b, t-1)
         log_probs = completion_log_probs(policy, samples, part, settings.temperature)  # (b, t-1)
         losses, clipped = policy_loss(log_probs, old, advantages[at], mask, settings.clip_eps)
+        kl = torch.zeros_like(losses)
         if ref_log_probs is not None:
             kl = torch.where(mask, kl_estimate(log_probs, ref_log_probs[at, :n]), 0.0)
             losses = losses + settings.kl_weight * kl
-            sums.kl += kl.sum().item()
         loss = (losses * weights[at, :n]).sum()
         loss.backward()
         master.take_gradients()
-        sums.loss += loss.item()
-        sums.clipped += clipped.sum().item()
-        sums.gap += torch.where(mask, log_probs.detach() - old, 0.0).abs().sum().item()
-        sums.gap_tokens += mask.sum().item()
-        if not math.isfinite(loss.item()):
-            sums.not_finite += at[(~losses.isfinite()).any(dim=1).cpu()].tolist()
-    return sums
+        gap = torch.where(mask, log_probs.detach() - old, 0.0).abs()
+        passes.append(metrics.PassSums.of(at, losses, loss, kl, clipped, gap, mask))
+    return metrics.LossSums.of(passes)
 
 
 @torch.no_grad()

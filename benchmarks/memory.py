@@ -41,7 +41,12 @@ def policy_size(folder: str, lora_rank: int) -> ModelSize:
     skeleton = models.skeleton(folder, AutoModelForCausalLM, torch.bfloat16, folder)
     if lora_rank:
         models.add_lora(skeleton, lora_rank)
-    return measure(skeleton)
+    return measure(skeleton, "cuda")
+
+
+def with_reward_model(plan: Plan, size: tuple[float, float]) -> Plan:
+    """A plan with a reward model, given the bytes of its weights and of its activations."""
+    return replace(plan, reward_weights=size[0], reward_activations=size[1])
 
 
 def table() -> str:
@@ -68,9 +73,9 @@ def table() -> str:
     for name, row in rows.items():
         cells = (
             row,
-            replace(row, reward_weights=in_bfloat16),
-            replace(row, reward_weights=in_int8),
-            replace(row, reward_weights=in_bfloat16, reward_placement="offload"),
+            with_reward_model(row, in_bfloat16),
+            with_reward_model(row, in_int8),
+            replace(with_reward_model(row, in_bfloat16), reward_placement="offload"),
         )
         ranges = [[f"{size / 1e9:.1f}" for size in (cell.min_bytes(), cell.max_bytes())] for cell in cells]
         lines.append("| " + " | ".join([name, *(" to ".join(dict.fromkeys(ends)) for ends in ranges)]) + " |")

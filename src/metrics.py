@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +40,8 @@ def timed(name: str, metrics: dict[str, float]) -> Iterator[None]:
     started = time.perf_counter()
     with console.phase(name):
         yield
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # the GPU may still be busy with this phase
     metrics[f"time/{name}_s"] = time.perf_counter() - started
 
 
@@ -110,6 +113,30 @@ def calibration_metrics(calibration: Calibration) -> dict[str, float]:
 
 
 @dataclass
+class PassSums:
+    """What one pass adds to `LossSums`; left on the device, because reading it would wait for the pass."""
+
+    rows: torch.Tensor  # (b,) int64 on the CPU, the pass's completions
+    sums: torch.Tensor  # (5,) float32, in the order of LossSums
+    finite: torch.Tensor  # (b,) bool, whether each completion's loss is finite
+
+    @staticmethod
+    @torch.no_grad()
+    def of(
+        rows: torch.Tensor,
+        losses: torch.Tensor,
+        loss: torch.Tensor,
+        kl: torch.Tensor,
+        clipped: torch.Tensor,
+        gap: torch.Tensor,
+        mask: torch.Tensor,
+    ) -> PassSums:
+        """All arguments after `rows` are (b, t-1), except `loss`, the pass's part of the loss, ()."""
+        totals = [loss, *(x.sum() for x in (kl, clipped, gap, mask))]
+        return PassSums(rows, torch.stack([x.float() for x in totals]), losses.isfinite().all(dim=1))
+
+
+@dataclass
 class LossSums:
     """Sums over one process's tokens in an optimizer step, and the completions that failed."""
 
@@ -119,6 +146,21 @@ class LossSums:
     gap: float = 0.0  # |log_prob - log_prob at sampling time|
     gap_tokens: float = 0.0
     not_finite: list[int] = field(default_factory=list)  # completions whose loss is not finite
+
+    @staticmethod
+    def of(passes: list[PassSums]) -> LossSums:
+        """Add up the passes of an optimizer step."""
+        total = LossSums()
+        for part in passes:
+            loss, kl, clipped, gap, gap_tokens = part.sums.tolist()
+            total.loss += loss
+            total.kl += kl
+            total.clipped += clipped
+            total.gap += gap
+            total.gap_tokens += gap_tokens
+            if not math.isfinite(loss):
+                total.not_finite += part.rows[~part.finite.cpu()].tolist()
+        return total
 
 
 @dataclass

@@ -23,7 +23,7 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from src.console import say
-from src.engine import kernels, llama
+from src.engine import architecture, kernels
 from src.errors import InputError, first_line
 from src.hub import base_of, is_adapter, resolve
 
@@ -310,8 +310,8 @@ def _checkpointed(forward: Callable[..., T], *args: Any, **kwargs: Any) -> T:
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of a model as it is now, without gradients."""
     frozen = copy.deepcopy(model).requires_grad_(False).eval()
-    if llama.is_supported(frozen):
-        llama.join_weights(frozen)
+    if architecture.is_llama_like(frozen) and architecture.has_plain_layers(frozen):
+        architecture.join_weights(frozen)
     return frozen
 
 

@@ -26,7 +26,7 @@ from src.engine.memory import (
 from src.errors import InputError
 from src.hub import EMBEDDED, embedded_folder, resolve
 from src.problems import Problem
-from src.reward_model import ACEMATH, AceRewardModel, system_prompt_for
+from src.reward_model import ACEMATH, BATCH_TOKENS, AceRewardModel, system_prompt_for
 from src.run.trackers import chosen_trackers
 
 CPU = torch.device("cpu")
@@ -49,6 +49,7 @@ def start(args: SimpleNamespace) -> Accelerator:
         InputError: The questions of a step cannot be split evenly, or another device is already set up.
     """
     trackers = chosen_trackers(args.tracker, args.wandb_project)
+    set_up_cuda()
     # Without a GPU and without cpu=True, accelerate would treat each of several processes as the only one.
     on_cpu = args.device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
     accelerator = Accelerator(cpu=on_cpu, log_with=trackers or None, project_dir=args.output)
@@ -67,6 +68,20 @@ def start(args: SimpleNamespace) -> Accelerator:
         bound_product_cache()
     transformers.utils.logging.disable_progress_bar()  # hides the bars for loading weights, not for downloads
     return accelerator
+
+
+def set_up_cuda() -> None:
+    """Choose PyTorch's settings for GPUs. Call this before anything uses CUDA; it changes nothing on CPUs.
+
+    - Segments that can grow: the passes of an update all have different sizes, so without them freed memory
+      would lie in blocks that do not fit. PYTORCH_ALLOC_CONF in the environment takes precedence.
+    - No cuDNN attention: on Hopper and Blackwell PyTorch prefers it, but it plans for half a second whenever
+      it sees a new shape, and nearly every pass has one (benchmarks/NOTES.md).
+    - Sums in products of bfloat16 numbers stay in float32.
+    """
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
 def check_processes(processes: int, rollouts_per_step: int) -> None:
@@ -106,7 +121,7 @@ def plan(
         models.add_lora(skeleton, args.lora_rank)
     lengths = [len(problem.prompt_ids) for problem in problems]
     memory = Plan(
-        measure(skeleton),
+        measure(skeleton, device.type),
         device.type,
         completions=args.rollouts_per_step * args.group_size,
         group_size=args.group_size,
@@ -131,7 +146,7 @@ def plan(
 
     def with_lora() -> ModelSize:
         models.add_lora(skeleton, 16)
-        return measure(skeleton)
+        return measure(skeleton, device.type)
 
     can_be_8bit = choice.name not in (None, EMBEDDED) and not choice.load_in_8bit
     check_fits(choice.added_to(memory), free, with_lora, choice.weights / 2 if can_be_8bit else 0.0)
@@ -149,6 +164,7 @@ class RewardModelChoice:
     dtype: torch.dtype = torch.float32
     load_in_8bit: bool = False
     weights: float = 0.0  # bytes
+    activations: float = 0.0  # bytes, while it scores
     failed: bool = False  # True if it was requested but is not available
 
     def where(self) -> str:
@@ -159,7 +175,12 @@ class RewardModelChoice:
 
     def added_to(self, memory: Plan) -> Plan:
         """The memory plan of a run with this reward model, given the plan of the run without one."""
-        return replace(memory, reward_weights=self.weights, reward_placement=self.placement)
+        return replace(
+            memory,
+            reward_weights=self.weights,
+            reward_activations=self.activations,
+            reward_placement=self.placement,
+        )
 
     def load(self) -> AceRewardModel:
         assert self.name is not None and self.device is not None
@@ -212,10 +233,10 @@ def choose_reward_model(
     for place in places:
         where, what = (CPU, models.pick_dtype(CPU, "auto")) if place == "cpu" else (device, dtype)
         try:
-            weights = reward_model_bytes(name, what, load_in_8bit)
+            size = reward_model_bytes(name, what, load_in_8bit)
         except InputError as error:
             return RewardModelChoice(None, str(error), failed=True)
-        options.append(RewardModelChoice(name, why, place, where, what, load_in_8bit, weights))
+        options.append(RewardModelChoice(name, why, place, where, what, load_in_8bit, *size))
     if len(options) == 1 and requested != "auto":
         return options[0]
     in_host_memory = [o for o in options if o.placement == "device" or o.weights <= host_free]
@@ -226,7 +247,7 @@ def choose_reward_model(
         return options[0]
     if requested != "auto":  # one that may fit, else one that `check_fits` rejects
         return next((o for o in in_host_memory if o.added_to(memory).min_bytes() <= free), options[0])
-    needed = replace(memory, reward_weights=options[0].weights).max_bytes()
+    needed = options[0].added_to(memory).max_bytes()
     why = f"auto: {ACEMATH} and the policy need up to {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
     return RewardModelChoice(None, why)
 
@@ -256,8 +277,8 @@ def _places(placement: str, named: bool, load_in_8bit: bool, device: torch.devic
     return places
 
 
-def reward_model_bytes(name: str, dtype: torch.dtype, load_in_8bit: bool) -> float:
-    """Memory of a reward model's weights in bytes, from its configuration only.
+def reward_model_bytes(name: str, dtype: torch.dtype, load_in_8bit: bool) -> tuple[float, float]:
+    """Bytes of a reward model's weights, and of its activations while it scores, from its configuration only.
 
     Raises:
         InputError: The model cannot be found.
@@ -265,12 +286,21 @@ def reward_model_bytes(name: str, dtype: torch.dtype, load_in_8bit: bool) -> flo
     flag = f"--reward-model-name {name}"
     if name == EMBEDDED:
         skeleton = models.skeleton(str(embedded_folder()), AutoModelForCausalLM, dtype, flag)
-        return float(skeleton.num_parameters() * dtype.itemsize)
+        return float(skeleton.num_parameters() * dtype.itemsize), scoring_bytes(skeleton)
     path = resolve(name, "--reward-model-name")
     skeleton = models.skeleton(path, AutoModelForSequenceClassification, dtype, flag, num_labels=1)
     linear = [m for key, m in skeleton.named_modules() if isinstance(m, torch.nn.Linear) and key != "score"]
     saved = sum(m.weight.numel() for m in linear) * (dtype.itemsize - 1) if load_in_8bit else 0
-    return float(skeleton.num_parameters() * dtype.itemsize - saved)
+    return float(skeleton.num_parameters() * dtype.itemsize - saved), scoring_bytes(skeleton)
+
+
+def scoring_bytes(skeleton: transformers.PreTrainedModel) -> float:
+    """Bytes of what a layer of a reward model computes for one batch: three times the MLP's inner size (gate,
+    up and their product), and four times the hidden size.
+    """
+    config = skeleton.config.get_text_config()
+    inner = getattr(config, "intermediate_size", 4 * config.hidden_size)
+    return float(BATCH_TOKENS * (3 * inner + 4 * config.hidden_size) * skeleton.dtype.itemsize)
 
 
 def load_reward_model(choice: RewardModelChoice, reward_mode: str) -> AceRewardModel | None:

@@ -1,5 +1,6 @@
 """Score solutions with a reward model: AceMath-7B-RM, another one-label classifier, or the bundled judge."""
 
+import contextlib
 import importlib.util
 import math
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from src.models import conversation
 # AceMath-7B-RM was trained with this system prompt (model card, "How to use").
 ACEMATH_SYSTEM_PROMPT = "Please reason step by step, and check your final answer within \\boxed{}."
 ACEMATH = "nvidia/AceMath-7B-RM"
+BATCH_TOKENS = 8192
 INT8_INSTALL = "pip install bitsandbytes==0.50.2"
 
 
@@ -61,7 +63,7 @@ class AceRewardModel:
         dtype: torch.dtype = torch.bfloat16,
         system_prompt: str | None = ACEMATH_SYSTEM_PROMPT,
         max_length: int = 4096,
-        batch_tokens: int = 8192,
+        batch_tokens: int = BATCH_TOKENS,
         offload: bool = False,
         load_in_8bit: bool = False,
     ):
@@ -85,9 +87,7 @@ class AceRewardModel:
                 weight.data = weight.data.clone()  # copies the weight from the mapped file into memory
                 self.homes.append(weight.data)
                 if self.device.type == "cuda":
-                    # Pins the existing block; pin_memory() would round its size up to a power of two. If the
-                    # system refuses to pin it, transfers are slower, but nothing else changes.
-                    torch.cuda.cudart().cudaHostRegister(weight.data.data_ptr(), weight.data.nbytes, 0)
+                    pin(weight.data, self.device)
             for buffer in self.model.buffers():  # rotary frequencies: a few kilobytes
                 buffer.data = buffer.data.to(self.device)
         else:
@@ -200,8 +200,12 @@ class AceRewardModel:
         self.config.pad_token_id = pad
         longest = max(map(len, texts))
         ids = torch.tensor([[*ids, *[pad] * (longest - len(ids))] for ids in texts], device=self.device)
-        mask = (torch.arange(longest) < torch.tensor([[len(ids)] for ids in texts])).to(self.device)
-        logits = self.model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits  # (n, 1)
+        mask = None  # causal attention never sees the padding behind a text, and is faster without a mask
+        if not is_causal(self.model):
+            mask = (
+                (torch.arange(longest) < torch.tensor([[len(ids)] for ids in texts])).long().to(self.device)
+            )
+        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # (n, 1)
         return logits[:, 0].float().cpu()
 
     @contextmanager
@@ -218,6 +222,23 @@ class AceRewardModel:
             for weight, home in zip(self.model.parameters(), self.homes, strict=True):
                 weight.data = home
             clear_device_cache()
+
+
+def pin(tensor: torch.Tensor, device: torch.device) -> None:
+    """Pin a tensor's memory where it is; pin_memory() would round its size up to a power of two.
+
+    If the system refuses, transfers to the device are slower, but nothing else changes.
+    """
+    status = torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)
+    if int(status):
+        with contextlib.suppress(RuntimeError):  # the next kernel reports the error as its own
+            torch.zeros(1, device=device)
+
+
+def is_causal(model: PreTrainedModel) -> bool:
+    """Whether every token of a model attends only to itself and to earlier tokens."""
+    causal = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
+    return bool(causal) and all(causal)
 
 
 def _length(text: tuple[int, ...] | JudgeText) -> int:

@@ -278,6 +278,6 @@ def test_can_compile_works_for_models_on_a_gpu(policy):
     """Tested without a GPU too: torch once moved a function that this calls, which broke all GPU runs."""
     from src.engine import static_decoder
 
-    on_gpu = SimpleNamespace(device=torch.device("cuda"), config=policy.config)
+    on_gpu = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32, config=policy.config)
     assert static_decoder.can_compile(on_gpu) == torch.utils._triton.has_triton()
     assert not static_decoder.can_compile(policy)

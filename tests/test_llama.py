@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from src import models
-from src.engine import llama
+from src.engine import architecture, llama
 from src.engine.linear import cat_weights
 from src.engine.llama import Layout, packed_hidden
 from tests.conftest import make_policy
@@ -114,7 +114,7 @@ def test_adjacent_weights_are_concatenated_without_a_copy(policy):
     parts = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
     before, expected = cat_weights(*parts), torch.cat(parts)
     assert before.data_ptr() != parts[0].data_ptr()
-    llama.join_weights(policy)
+    architecture.join_weights(policy)
     after = cat_weights(*parts)
     assert after.data_ptr() == parts[0].data_ptr()
     assert torch.equal(before, expected)

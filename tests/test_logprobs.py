@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from src import models
 from src.engine import llama, logprobs
-from src.engine.llama import can_pack
+from src.engine.architecture import can_pack
 from src.engine.logprobs import completion_log_probs, micro_batches
 from src.engine.master_weights import MasterWeights
 from src.errors import InputError

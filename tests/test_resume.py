@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import train
 from src.errors import InputError
@@ -345,3 +345,19 @@ def test_step_numbers_and_not_clocks_decide_which_checkpoint_is_the_newest(tiny)
     for age, path in enumerate(checkpoints_of(run)):
         os.utime(path, (1e9 - age * 1e6,) * 2)
     assert find_checkpoint(run) == (run, run / "step_11")
+
+
+def test_a_run_can_continue_on_another_kind_of_device(tiny, capsys):
+    """A GPU's generator has a state of 16 bytes, a CPU's of 5,056."""
+    run = train.main(**tiny | dict(max_steps=2, checkpoint_interval=1))
+    path = run / "step_1/training_state/randomness.safetensors"
+    states = load_file(path)
+    states["generator.sample"] = torch.zeros(16, dtype=torch.uint8)
+    save_file(states, path)
+    sums = path.parent / "complete.json"
+    listed = json.loads(sums.read_text())
+    listed["training_state/randomness.safetensors"] = checkpoint._sum(path)
+    sums.write_text(json.dumps(listed))
+    train.main(resume=str(run / "step_1"))
+    assert "began on another kind of device" in capsys.readouterr().out
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 2

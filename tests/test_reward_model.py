@@ -6,13 +6,13 @@ from contextlib import contextmanager
 import pytest
 import torch
 from tokenizers import processors
-from transformers import Qwen2ForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, Qwen2ForSequenceClassification
 
 import train
 from src.engine.memory import ModelSize, Plan
 from src.errors import InputError
 from src.placement import choose_reward_model, load_reward_model, reward_model_bytes
-from src.reward_model import ACEMATH_SYSTEM_PROMPT, AceRewardModel
+from src.reward_model import ACEMATH_SYSTEM_PROMPT, AceRewardModel, is_causal, pin
 
 SYSTEM = "Please reason step by step, and check your final answer within \\boxed{}."
 RESPONSES = ["8", "5 + 3 = 8, so \\boxed{8}", "It is nine. " * 10, "", "8"]
@@ -259,10 +259,10 @@ def test_the_size_of_a_reward_model_comes_from_its_configuration(reward_model_fo
     model = Qwen2ForSequenceClassification.from_pretrained(name)
     layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not model.score]
     linear = sum(layer.weight.numel() for layer in layers)
-    assert reward_model_bytes(name, torch.float32, False) == 4 * model.num_parameters()
-    assert reward_model_bytes(name, torch.bfloat16, False) == 2 * model.num_parameters()
-    assert reward_model_bytes(name, torch.float32, True) == 4 * model.num_parameters() - 3 * linear
-    assert reward_model_bytes("embedded", torch.bfloat16, False) == 2 * 134_515_008
+    assert reward_model_bytes(name, torch.float32, False)[0] == 4 * model.num_parameters()
+    assert reward_model_bytes(name, torch.bfloat16, False)[0] == 2 * model.num_parameters()
+    assert reward_model_bytes(name, torch.float32, True)[0] == 4 * model.num_parameters() - 3 * linear
+    assert reward_model_bytes("embedded", torch.bfloat16, False)[0] == 2 * 134_515_008
 
 
 def plan(device: str) -> Plan:
@@ -290,7 +290,7 @@ def acemath_of_14_gb(monkeypatch):
     """Make every reward model as large as AceMath-7B-RM, so that the hub is not needed."""
 
     def size(name, dtype, eight_bit):
-        return 7e9 * (1 if eight_bit else dtype.itemsize)
+        return 7e9 * (1 if eight_bit else dtype.itemsize), 0.0
 
     monkeypatch.setattr("src.placement.reward_model_bytes", size)
 
@@ -348,3 +348,32 @@ def test_a_reward_model_that_cannot_be_found_causes_a_warning_with_the_reason(ca
     assert choice.failed and load_reward_model(choice, "hybrid") is None
     warning = "warning: there is no reward model, so only the verifier decides: --reward-model-name ./nowhere"
     assert warning in capsys.readouterr().out
+
+
+def test_memory_that_cannot_be_pinned_does_not_fail_the_next_kernel(monkeypatch):
+    """A dropped return code once surfaced at the next kernel launch."""
+    pending = [False]
+
+    class Cudart:
+        def cudaHostRegister(self, address, size, flags):
+            pending[0] = True
+            return 2
+
+    def zeros(*_, **__):
+        pending[0] = False
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.cuda, "cudart", Cudart)
+    tensor = torch.ones(3)
+    monkeypatch.setattr(torch, "zeros", zeros)
+    pin(tensor, CUDA)
+    assert pending == [False]
+
+
+def test_only_models_that_look_back_are_scored_without_a_mask(reward_model):
+    assert is_causal(reward_model.model)
+    config = BertConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    assert not is_causal(BertForSequenceClassification(config))
+    assert not is_causal(torch.nn.Linear(2, 2))

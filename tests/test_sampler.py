@@ -180,3 +180,24 @@ def test_the_last_number_of_the_unit_interval_never_picks_an_impossible_token():
         assert token.item() in (0, 1, 2) and log_prob.isfinite().all()
     token, _ = sampler._pick(logits, 1.0, 1.0, torch.tensor([0.0]))
     assert token.item() == 0
+
+
+@pytest.mark.parametrize("vocabulary", [100, 256, 1000])
+def test_the_gpus_choice_inverts_the_cdf(vocabulary):
+    g = torch.Generator().manual_seed(0)
+    logits = 4 * torch.randn(500, vocabulary, generator=g)
+    uniform = torch.rand(500, generator=g)
+    uniform[:2] = torch.tensor([0.0, 1 - 2**-24])  # the ends of the interval that torch.rand draws from
+    token, log_prob = sampler.choose(logits, uniform, 0.7)
+    expected = (logits / 0.7).log_softmax(-1)
+    torch.testing.assert_close(log_prob, expected.gather(1, token[:, None])[:, 0])
+    end = expected.double().exp().cumsum(1).gather(1, token[:, None])[:, 0]
+    start = end - log_prob.double().exp()
+    assert ((start - 1e-5 <= uniform) & (uniform <= end + 1e-5)).all()
+
+
+def test_the_gpus_choice_never_takes_a_token_without_probability():
+    logits = torch.full((200, 700), -200.0)
+    logits[:, [3, 255, 256, 699]] = 0.0
+    token, _ = sampler.choose(logits, torch.linspace(0, 1 - 2**-24, 200), 1.0)
+    assert token.unique().tolist() == [3, 255, 256, 699]

@@ -329,3 +329,34 @@ def test_a_long_completion_gets_its_own_pass_if_rows_are_padded(monkeypatch, pad
     parts = micro_batches(policy, samples, torch.arange(8), 8)
     expected = [[1, 2, 3, 4, 5, 6, 7], [0]] if padded else [[1, 2, 3, 4, 5, 6, 7, 0]]
     assert [part.rows.tolist() for part in parts] == expected
+
+
+@pytest.mark.parametrize("by_hand", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_backward_pass_that_ran_out_of_memory_leaves_nothing_behind(monkeypatch, by_hand, dtype, failures):
+    """The retry once added to the gradients that the failed pass had left in the head and the last layers."""
+    if not by_hand:
+        monkeypatch.setattr(llama, "is_supported", lambda model: False)
+
+    def gradients(failures: int, micro_batch_size: int) -> list[torch.Tensor]:
+        policy = stopping_policy()
+        samples, advantages = draw(policy), torch.linspace(-1, 1, 8)
+        master = MasterWeights(policy, dtype)
+
+        def fail(gradient):
+            nonlocal failures
+            if failures:
+                failures -= 1
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        policy.model.layers[0].self_attn.q_proj.weight.register_hook(fail)
+        recorder = Recorder(master.parameters)
+        given = dict(optimizer=recorder, master=master, micro_batch_size=micro_batch_size)
+        step(policy, None, samples, advantages, **given)
+        assert failures == 0
+        return recorder.gradients[0]
+
+    without = gradients(0, 8 // 2**failures)
+    for a, b in zip(gradients(failures, 8), without, strict=True):
+        torch.testing.assert_close(a, b, atol=0, rtol=0)

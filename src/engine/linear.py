@@ -97,6 +97,13 @@ def make_head(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
         bias: (V,), or None.
     """
     weight, bias = weight.detach(), map_bias(torch.Tensor.detach, bias)
+    if weight.device.type == "cuda" and weight.dtype == torch.bfloat16:
+
+        def on_gpu(hidden: torch.Tensor) -> torch.Tensor:
+            logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
+            return logits if bias is None else logits + bias
+
+        return on_gpu
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
         return lambda hidden: F.linear(hidden, weight, bias).float()
     if PackedWeight.supports(weight):

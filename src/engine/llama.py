@@ -17,16 +17,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from transformers import PreTrainedModel
 
-from src.engine import kernels
+from src.engine import architecture, kernels
 from src.engine.linear import cat_biases, cat_weights, make_linear
 
-# Model types that consist only of RMSNorm, rotary positions, grouped heads and SwiGLU.
-LLAMA_LIKE = ("llama", "mistral", "qwen2")
-# Rotary embeddings whose angles depend only on the position.
-FIXED_ROTARY = ("default", "linear", "llama3", "yarn")
 CHUNK_TOKENS = 512  # a sequence that has a block to itself is cut into chunks of this many tokens
 # Maximum number of token pairs in a block's attention. With 9 heads, their scores take 2 MB in bfloat16,
 # which is the size of a core's cache.
@@ -38,31 +33,19 @@ BLOCK_PAIRS = 2**17
 
 def is_supported(model: PreTrainedModel) -> bool:
     """Whether this module can run a model: Llama-like, with plain linear layers, on a CPU with kernels."""
+    return model.device.type == "cpu" and has_kernels_for(model)
+
+
+def has_kernels_for(model: PreTrainedModel) -> bool:
+    """Whether this module could run a model on a CPU, wherever it is now."""
     config = model.config
-    if model.device.type != "cpu" or config.model_type not in LLAMA_LIKE or config.hidden_act != "silu":
-        return False
-    if not can_pack(model) or config.rope_parameters["rope_type"] not in FIXED_ROTARY:
+    if not architecture.is_llama_like(model):
         return False
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if head_dim not in kernels.HEAD_SIZES or model.dtype not in (torch.float32, torch.bfloat16):
         return False
-    if kernels.libraries() is None:
-        return False
-    projections = {name: m for name, m in model.named_modules() if name.endswith(("_proj", "lm_head"))}
-    if any(type(m) is not nn.Linear for m in projections.values()):
-        return False  # an adapter added to rounded weights would mostly be rounded away
-    may_have_bias = ("q_proj", "k_proj", "v_proj", "lm_head")
-    return all(m.bias is None or name.endswith(may_have_bias) for name, m in projections.items())
-
-
-def can_pack(model: PreTrainedModel) -> bool:
-    """Whether every layer attends to all earlier tokens. A sliding window would ignore the packed mask."""
-    config = model.config
-    layers = getattr(config, "layer_types", None)
-    # Mistral's code looks only at the sliding window and ignores the layer types.
-    if layers and config.model_type != "mistral":
-        return all(kind == "full_attention" for kind in layers)
-    return getattr(config, "sliding_window", None) is None
+    # With an adapter, whose sum with rounded weights would mostly be rounded away, the layers are not plain.
+    return kernels.libraries() is not None and architecture.has_plain_layers(model)
 
 
 @dataclass
@@ -191,16 +174,6 @@ def _layer_slices(weights: Sequence[torch.Tensor], layers: int) -> list[slice]:
     return [slice(1 + n * i, 1 + n * (i + 1)) for i in range(layers)]
 
 
-def join_weights(model: PreTrainedModel) -> None:
-    """Make weights with the same input adjacent in memory, so that `cat_weights` need not copy them."""
-    for layer in model.model.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        for parts in ((attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)):
-            joined = torch.cat([part.weight.detach() for part in parts])
-            for part, weight in zip(parts, joined.split([len(part.weight) for part in parts]), strict=True):
-                part.weight.data = weight
-
-
 # ----------------------------------------------------------------------------------------------------------
 # The forward pass and its gradient
 
@@ -226,7 +199,7 @@ def packed_hidden(
 
 def rotary(model: PreTrainedModel, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine (N, E) float32 for `kernels.rotate_`. The sine includes rotate_half's minus sign."""
-    cos, sin = model.model.rotary_emb(torch.empty(0), positions[None])
+    cos, sin = model.model.rotary_emb(torch.empty(0, device=positions.device), positions[None])
     half = cos.shape[-1] // 2
     return cos[0].contiguous(), torch.cat([-sin[0, :, :half], sin[0, :, half:]], dim=-1)
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from src.engine import kernels, llama
+from src.engine import architecture, cuda_llama, kernels, llama
 from src.engine.linear import make_head, map_bias
 from src.engine.sampler import Samples
 
@@ -53,23 +53,29 @@ def micro_batches(
     The completions of a question share packed rows of at most PACKED_TOKENS tokens. The packed rows are
     sorted by length, and dynamic programming finds the best way to cut them into passes. The cost of a pass
     is its number of packed rows times the length of the longest one, in tokens, plus PASS_COST. If `llama.py`
-    runs the model, nothing is padded, so packed rows may have any length, and the cost of a pass is its
-    number of tokens plus PASS_COST.
+    or `cuda_llama.py` runs the model, nothing is padded, so packed rows may have any length, and the cost of
+    a pass is its number of tokens plus PASS_COST.
 
     Args:
-        model: If it can't be packed (`llama.can_pack`), each packed row holds a single completion.
+        model: If it can't be packed (`architecture.can_pack`), each packed row holds a single completion.
         samples: B completions.
         rows: (n,) int64 on the CPU, the indices of the completions to split.
         size: Maximum number of completions in a pass.
     """
-    padded = not llama.is_supported(model)
-    packed = _pack(samples, rows, size if llama.can_pack(model) else 1, PACKED_TOKENS if padded else None)
-    lengths = samples.attention_mask.sum(dim=1).tolist()
+    padded = not (llama.is_supported(model) or cuda_llama.is_supported(model))
+    packed = _pack(
+        samples, rows, size if architecture.can_pack(model) else 1, PACKED_TOKENS if padded else None
+    )
+    lengths = samples.host.attention_mask.sum(dim=1)  # (B,)
+    longest_prompt = int((lengths - samples.host.lengths).max())
+    # The memory plan counts on this limit, even if few completions of each question are left.
+    prompts = -(-size // samples.group_size)
+    max_tokens = size * int(samples.host.lengths.max()) + prompts * longest_prompt
     batches = []
-    for packed_rows in _cheapest_passes(packed, size, padded):
+    for packed_rows in _cheapest_passes(packed, size, None if padded else max_tokens):
         groups = [packed_row.rows for packed_row in packed_rows]
         flat = [row for group in groups for row in group]
-        batches.append(MicroBatch(torch.tensor(flat), groups, max(lengths[row] for row in flat) - 1))
+        batches.append(MicroBatch(torch.tensor(flat), groups, int(lengths[flat].max()) - 1))
     return batches
 
 
@@ -80,8 +86,8 @@ def _pack(samples: Samples, rows: torch.Tensor, size: int, max_tokens: int | Non
         max_tokens: Maximum number of tokens in a packed row that holds several completions; None means no
             limit.
     """
-    lengths = samples.attention_mask.sum(dim=1).tolist()
-    completion_lengths = samples.lengths.tolist()
+    lengths = samples.host.attention_mask.sum(dim=1).tolist()
+    completion_lengths = samples.host.lengths.tolist()
     group_size = samples.group_size
     packed: list[_PackedRow] = []
     for row in sorted(rows.tolist(), key=lambda r: (r // group_size, lengths[r], r)):
@@ -94,17 +100,21 @@ def _pack(samples: Samples, rows: torch.Tensor, size: int, max_tokens: int | Non
     return sorted(packed)
 
 
-def _cheapest_passes(packed: list[_PackedRow], size: int, padded: bool) -> list[list[_PackedRow]]:
-    """Cut sorted packed rows into passes of at most `size` completions; see `micro_batches` for the costs."""
+def _cheapest_passes(packed: list[_PackedRow], size: int, max_tokens: int | None) -> list[list[_PackedRow]]:
+    """Cut sorted packed rows into passes of at most `size` completions; see `micro_batches` for the costs.
+
+    Args:
+        max_tokens: Maximum number of tokens in a pass of several packed rows; None if rows are padded.
+    """
     # best[i]: the lowest cost of the first i packed rows, and where their last pass starts
     best: list[tuple[float, int]] = [(0.0, 0)]
     for i in range(1, len(packed) + 1):
         options, completions, total = [], 0, 0
         for j in range(i - 1, -1, -1):
             completions, total = completions + len(packed[j].rows), total + packed[j].tokens
-            if completions > size:
+            if completions > size or (max_tokens is not None and j < i - 1 and total > max_tokens):
                 break
-            cost = (i - j) * packed[i - 1].tokens if padded else total
+            cost = (i - j) * packed[i - 1].tokens if max_tokens is None else total
             options.append((best[j][0] + cost + PASS_COST, j))
         best.append(min(options))
     passes, end = [], len(packed)
@@ -131,10 +141,15 @@ def completion_log_probs(
         differentiable with respect to the weights that require gradients.
     """
     assert samples.action_mask.shape == samples.sequence_ids[:, 1:].shape
-    mask = samples.action_mask[batch.rows, : batch.width]  # (b, width)
+    device = samples.sequence_ids.device
+    mask = samples.host.action_mask[batch.rows, : batch.width]  # (b, width)
     if llama.is_supported(model):
-        ids, layout, predictors = _flat_inputs(samples, batch.packed)
-        hidden = llama.packed_hidden(model, ids, layout)
+        ids, predictors, lengths = _flat_inputs(samples, batch.packed)
+        hidden = llama.packed_hidden(model, ids, llama.Layout.of(*lengths))
+    elif cuda_llama.is_supported(model):
+        ids, predictors, lengths = _flat_inputs(samples, batch.packed)
+        layout = cuda_llama.Layout.of(*lengths, device)
+        hidden = cuda_llama.packed_hidden(model, ids.to(device), layout)
     else:
         inputs, predictors = _padded_inputs(samples, batch.packed, model.dtype)
         hidden = model.base_model(**inputs, use_cache=False).last_hidden_state  # (R, S, D)
@@ -143,12 +158,13 @@ def completion_log_probs(
     # completions are summed at that token. In float32, the gradient of hidden[predictors] adds them with
     # atomic operations, in an order that differs from run to run. The gradient of index_select adds them in a
     # fixed order, that of the predictors.
-    hidden = hidden.index_select(0, predictors)  # (N, D) for N sampled tokens, row by row
-    targets = samples.sequence_ids[batch.rows, 1 : batch.width + 1][mask]  # (N,)
+    hidden = hidden.index_select(0, predictors.to(device))  # (N, D) for N sampled tokens, row by row
+    targets = samples.host.sequence_ids[batch.rows, 1 : batch.width + 1][mask].to(device)  # (N,)
     head = model.get_output_embeddings()
     token_log_probs = _TokenLogProbs.apply(hidden, head.weight, head.bias, targets, temperature)
-    log_probs = torch.zeros(mask.shape, dtype=torch.float32, device=hidden.device)
-    return log_probs.masked_scatter(mask, token_log_probs)
+    log_probs = torch.zeros(mask.shape, dtype=torch.float32, device=device)
+    # Indices found on the host, because a mask on a GPU would make the host wait for it.
+    return log_probs.index_put(tuple(i.to(device) for i in mask.nonzero(as_tuple=True)), token_log_probs)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -176,12 +192,18 @@ class LogSumExp:
         """Add logits (n, v) float32 of the vocabulary entries starting at `start`. May change the logits."""
         logits.div_(self.temperature)
         self.log_sum_exp = torch.logaddexp(self.log_sum_exp, logits.logsumexp(dim=1))
-        here = ((self.targets >= start) & (self.targets < start + logits.shape[1])).nonzero()[:, 0]
-        self.target_logits[here] = logits[here, self.targets[here] - start]
+        column, here = find_in_block(self.targets, start, logits.shape[1])
+        self.target_logits = torch.where(here, logits.gather(1, column[:, None])[:, 0], self.target_logits)
 
     def value(self) -> torch.Tensor:
         """The log-sum-exp (n,) float32 of all logits so far."""
         return self.log_sum_exp
+
+
+def find_in_block(targets: torch.Tensor, start: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Columns (n,) of targets (n,) in a vocabulary block, 0 if outside; and whether they are in it."""
+    here = (targets >= start) & (targets < start + size)
+    return torch.where(here, targets - start, 0), here
 
 
 class _TokenLogProbs(torch.autograd.Function):
@@ -217,6 +239,8 @@ class _TokenLogProbs(torch.autograd.Function):
         hidden, weight, bias, targets, log_sum_exp = ctx.saved_tensors
         dtype, d_log_probs = hidden.dtype, d_log_probs.contiguous()
         d_target = d_log_probs[:, None] / ctx.temperature  # (N, 1), the gradient from onehot(y)
+        if hidden.device.type == "cuda":
+            return _gradients_on_gpu(ctx, d_target)
         d_hidden = weight[targets] * d_target  # (N, D) float32
         d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         d_bias = torch.empty_like(bias) if ctx.needs_input_grad[2] else None
@@ -240,6 +264,31 @@ class _TokenLogProbs(torch.autograd.Function):
         return d_hidden.to(dtype), d_weight, d_bias, None, None
 
 
+def _gradients_on_gpu(ctx: Any, d_target: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """The gradients of `_TokenLogProbs`, with the targets' part in the products: adding it to rows of the
+    weight's gradient afterwards would round every sum, in an order that differs from run to run.
+
+    Args:
+        d_target: (N, 1) float32, the gradient of each target's logit.
+    """
+    hidden, weight, bias, targets, log_sum_exp = ctx.saved_tensors
+    d_hidden = torch.zeros(hidden.shape, device=hidden.device)  # (N, D) float32
+    d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+    d_bias = torch.empty_like(bias) if ctx.needs_input_grad[2] else None
+    for block in _vocabulary_blocks(weight, bias):
+        logits = make_head(block.weight, block.bias)(hidden)  # (N, v)
+        probs = logits.div_(ctx.temperature).sub_(log_sum_exp[:, None]).exp_()
+        column, here = find_in_block(targets, block.entries.start, len(block.weight))
+        d_logits = probs.mul_(-d_target).scatter_add_(1, column[:, None], d_target * here[:, None])
+        rounded = d_logits.to(hidden.dtype)
+        d_hidden += rounded @ block.weight
+        if d_weight is not None:
+            torch.mm(rounded.T, hidden, out=d_weight[block.entries])
+        if d_bias is not None:
+            torch.sum(d_logits, dim=0, out=d_bias[block.entries])
+    return d_hidden.to(hidden.dtype), d_weight, d_bias, None, None
+
+
 class _VocabularyBlock(NamedTuple):
     entries: slice  # v vocabulary entries
     weight: torch.Tensor  # (v, D)
@@ -257,19 +306,20 @@ def _vocabulary_blocks(weight: torch.Tensor, bias: torch.Tensor | None) -> list[
 
 
 def _sequences(samples: Samples, rows: list[int]) -> list[_Sequence]:
-    ids = samples.sequence_ids[rows].tolist()
-    counts = samples.action_mask[rows].sum(dim=1).tolist()  # tokens of each completion
-    ends = samples.attention_mask[rows].sum(dim=1).tolist()
+    ids = samples.host.sequence_ids[rows].tolist()
+    counts = samples.host.action_mask[rows].sum(dim=1).tolist()  # tokens of each completion
+    ends = samples.host.attention_mask[rows].sum(dim=1).tolist()
     return [_Sequence(i[: end - n], i[end - n : end]) for i, n, end in zip(ids, counts, ends, strict=True)]
 
 
 def _flat_inputs(
     samples: Samples, packed: list[list[int]]
-) -> tuple[torch.Tensor, llama.Layout, torch.Tensor]:
-    """Lay out all prompts, then all completions, without padding, for `llama.packed_hidden`.
+) -> tuple[torch.Tensor, torch.Tensor, tuple[list[int], list[list[int]]]]:
+    """Lay out all prompts, then all completions, without padding, for `packed_hidden`.
 
     Returns:
-        Token ids (n,), their layout, and, for each of the N sampled tokens, the index of the token before it.
+        Token ids (n,), for each of the N sampled tokens the index of the token before it, and the lengths of
+        the prompts and of each prompt's completions.
     """
     groups = [_sequences(samples, rows) for rows in packed]
     prompts = [group[0].prompt for group in groups]
@@ -282,8 +332,8 @@ def _flat_inputs(
         for completion in group:
             predictors += [last, *range(len(ids), len(ids) + len(completion))]
             ids += completion
-    layout = llama.Layout.of([len(p) for p in prompts], [[len(c) for c in group] for group in completions])
-    return torch.tensor(ids), layout, torch.tensor(predictors)
+    lengths = [len(p) for p in prompts], [[len(c) for c in group] for group in completions]
+    return torch.tensor(ids), torch.tensor(predictors), lengths
 
 
 @dataclass

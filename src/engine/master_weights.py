@@ -3,7 +3,7 @@
 import torch
 from transformers import PreTrainedModel
 
-from src.engine import llama
+from src.engine import architecture
 
 
 class MasterWeights:
@@ -31,8 +31,8 @@ class MasterWeights:
             for w in model.parameters():  # not model.to(dtype), which would round the rotary frequencies too
                 w.data = w.data.to(dtype)
             model.config.dtype = dtype
-            if llama.is_supported(model):
-                llama.join_weights(model)
+            if architecture.is_llama_like(model) and architecture.has_plain_layers(model):
+                architecture.join_weights(model)
 
     def take_gradients(self) -> None:
         """Add the model's gradients to those of the master weights, and free the model's.
@@ -41,13 +41,17 @@ class MasterWeights:
         """
         if not self.separate:
             return
+        sums, gradients = [], []
         for master, weight in zip(self.parameters, self.weights, strict=True):
             if weight.grad is not None:
                 if master.grad is None:
                     master.grad = weight.grad.float()
                 else:
-                    master.grad += weight.grad
+                    sums.append(master.grad)
+                    gradients.append(weight.grad)
                 weight.grad = None
+        if sums:
+            torch._foreach_add_(sums, gradients)
 
     def zero_grad(self) -> None:
         """Reset the master weights' gradients. Call this after each optimizer step.
@@ -56,6 +60,9 @@ class MasterWeights:
         fragment the memory that freed activations leave behind, and the heap would grow (by 0.2 GB for the
         bundled model).
         """
+        if self.separate:
+            for w in self.weights:  # a backward pass that ran out of memory leaves gradients in some
+                w.grad = None
         for p in self.parameters:
             if not self.separate or p.device.type != "cpu":
                 p.grad = None

@@ -15,8 +15,8 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from transformers import PreTrainedModel
 
 from src.console import say, warn
-from src.engine import static_decoder
-from src.engine.logprobs import vocabulary_block
+from src.engine import architecture, cuda_llama, llama, static_decoder
+from src.engine.logprobs import PASS_COST, vocabulary_block
 from src.engine.static_decoder import cache_columns
 from src.errors import InputError
 
@@ -24,6 +24,12 @@ T = TypeVar("T")
 
 # Bytes taken by Python and its libraries or, on a GPU, by the context and the kernels.
 PROGRAM = {"cpu": 0.9e9, "cuda": 0.8e9, "mps": 0.5e9}
+# What CUDA's libraries say when they cannot allocate memory of their own.
+OUT_OF_MEMORY = (
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDA driver error: out of memory",
+)
 CGROUP = Path("/sys/fs/cgroup")  # this process's cgroup, as containers mount it
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # <malloc.h>
 
@@ -40,16 +46,42 @@ class ModelSize:
     checkpointed: float
     cache: float  # bytes of keys and values, per token
     vocabulary: int
+    # Whether a question's completions share one copy of its prompt in a pass, and nothing is padded
+    # (llama.py, cuda_llama.py).
+    flat: bool = True
 
 
-def measure(skeleton: PreTrainedModel) -> ModelSize:
-    """Measure a causal language model with a forward pass on the meta device.
+def measure(skeleton: PreTrainedModel, device: str) -> ModelSize:
+    """Measure a causal language model that will train on a device, without its weights.
 
-    The result overestimates llama.py, whose forward pass keeps only half as many activations.
+    The activations of `cuda_llama` are counted, and those of any other model measured in a forward pass on
+    the meta device. That overestimates llama.py, whose forward pass keeps only half as many activations.
 
     Args:
         skeleton: A model from `models.skeleton`, in the dtype in which it will compute.
+        device: cpu, cuda or mps.
     """
+    config = skeleton.config
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    on_gpu = device == "cuda" and skeleton.dtype == torch.bfloat16 and architecture.is_llama_like(skeleton)
+    activation = cuda_llama.activation_bytes(config) if on_gpu else kept_by_transformers(skeleton)
+    return ModelSize(
+        weights=skeleton.num_parameters(),
+        trained=skeleton.num_parameters(only_trainable=True),
+        itemsize=skeleton.dtype.itemsize,
+        activation=activation,
+        # Each layer keeps its input: the stream in float32 and, in cuda_llama, what will be added to it.
+        checkpointed=activation / config.num_hidden_layers
+        + (6.0 if on_gpu else 4.0) * config.hidden_size * config.num_hidden_layers,
+        cache=2.0 * config.num_hidden_layers * heads * head * skeleton.dtype.itemsize,
+        vocabulary=config.vocab_size,
+        flat=on_gpu or (device == "cpu" and llama.has_kernels_for(skeleton)),
+    )
+
+
+def kept_by_transformers(skeleton: PreTrainedModel) -> float:
+    """Bytes per token that transformers' own forward pass keeps for the backward pass."""
     config, tokens = skeleton.config, 16
     weights = {w.untyped_storage()._cdata for w in skeleton.parameters()}
     saved: dict[int, int] = {}  # bytes of each block that autograd keeps, except weights
@@ -71,19 +103,7 @@ def measure(skeleton: PreTrainedModel) -> ModelSize:
     except Exception:  # OPT and MoE models read values, which meta tensors lack, but they can be trained
         # arXiv:2205.05198, equation 2
         saved = {0: tokens * 34 * config.hidden_size * config.num_hidden_layers * skeleton.dtype.itemsize}
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    activation = sum(saved.values()) / tokens
-    return ModelSize(
-        weights=skeleton.num_parameters(),
-        trained=skeleton.num_parameters(only_trainable=True),
-        itemsize=skeleton.dtype.itemsize,
-        activation=activation,
-        checkpointed=activation / config.num_hidden_layers
-        + 4.0 * config.hidden_size * config.num_hidden_layers,
-        cache=2.0 * config.num_hidden_layers * heads * head * skeleton.dtype.itemsize,
-        vocabulary=config.vocab_size,
-    )
+    return sum(saved.values()) / tokens
 
 
 @dataclass(frozen=True)
@@ -99,6 +119,7 @@ class Plan:
     completion_length: int  # tokens in the longest completion
     reference: bool  # whether a frozen copy of the policy is kept
     reward_weights: float = 0.0  # bytes
+    reward_activations: float = 0.0  # bytes, while it scores
     reward_placement: str = "device"  # "offload": on the device only while scoring; "cpu": never
     gradient_checkpointing: bool = False
 
@@ -114,15 +135,16 @@ class Plan:
             "reference": p.weights * p.itemsize if self.reference else 0.0,
             "reward model": self.reward_weights if self.reward_placement == "device" else 0.0,
         }
-        # The completions of a question share one copy of its prompt (see logprobs.py).
-        prompts = -(-self.micro_batch_size // self.group_size)
-        tokens = self.micro_batch_size * self.completion_length + prompts * self.prompt_length
         columns = self.prompt_length + self.completion_length
         # On a GPU, the cache is kept, because a CUDA graph holds its addresses (see static_decoder.py).
         on_gpu = self.device == "cuda"
         cache = self.completions * p.cache * (cache_columns(columns) if on_gpu else columns)
         kept = {"kept cache": cache if on_gpu else 0.0}
         block = min(vocabulary_block(self.device), p.vocabulary)
+        logits = (8.0 + p.itemsize) * self.micro_batch_size * self.completion_length * block
+        activations = self.tokens() * (p.checkpointed if self.gradient_checkpointing else p.activation)
+        # The sums of the gradients in float32. A pass's own gradients replace its activations.
+        gradients = 4.0 * p.trained + max(0.0, self.pass_gradients() - logits - activations)
         packed = p.weights * p.itemsize if self.device == "cpu" else 0.0  # decoder.LlamaDecoder
         phases = {
             "rollout": {
@@ -132,21 +154,32 @@ class Plan:
             },
             "score": {
                 "reward model": self.reward_weights if self.reward_placement == "offload" else 0.0,
+                "activations": self.reward_activations if self.reward_placement != "cpu" else 0.0,
                 **kept,
             },
-            "update": {
-                "gradients": p.trained * (4.0 + (p.itemsize if separate else 0.0)),
-                "logits": (8.0 + p.itemsize) * self.micro_batch_size * self.completion_length * block,
-                "activations": tokens * (p.checkpointed if self.gradient_checkpointing else p.activation),
-                **kept,
-            },
+            "update": {"gradients": gradients, "logits": logits, "activations": activations, **kept},
         }
         return stays, phases
+
+    def tokens(self) -> int:
+        """Tokens of the largest pass of the update, including padding."""
+        completions, prompt, completion = self.micro_batch_size, self.prompt_length, self.completion_length
+        if self.policy.flat:  # one prompt for each group
+            return completions * completion + -(-completions // self.group_size) * prompt
+        # Each completion has a row of its own, or fewer rows hold them. In that case, padding is limited by
+        # what it would cost to compute each row in a pass of its own (logprobs.micro_batches).
+        fewer = completions * completion + (completions - 1) * (prompt + PASS_COST) - PASS_COST
+        return max(completions * (prompt + completion), fewer)
+
+    def pass_gradients(self) -> float:
+        """Bytes of the gradients of one pass, before they are added to the sums in float32."""
+        return float(self.policy.trained * self.policy.itemsize if self.policy.itemsize < 4 else 0)
 
     def min_bytes(self) -> float:
         """Bytes without which a run cannot start: everything that does not depend on completion lengths."""
         stays, phases = self.parts()
-        added = max(phases["update"]["gradients"], phases["score"]["reward model"])
+        gradients = 4.0 * self.policy.trained + self.pass_gradients()
+        added = max(gradients, phases["score"]["reward model"])
         return max(self.loading(), sum(stays.values()) + added)
 
     def loading(self) -> float:
@@ -270,9 +303,11 @@ def fit_memory(compute: Callable[[int], T], size: int) -> tuple[T, int]:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device or the host ran out of memory."""
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, Exception) and should_reduce_batch_size(error)
-    )
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    if not isinstance(error, RuntimeError):
+        return False
+    return should_reduce_batch_size(error) or any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def free_memory(device: torch.device) -> float:

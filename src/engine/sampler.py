@@ -7,6 +7,7 @@ ones are dropped from it.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,11 +16,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from src.engine import kernels, llama, static_decoder
 from src.engine.decoder import Decoder, LlamaDecoder
+from src.engine.fused import fused
 from src.engine.general_decoder import GeneralDecoder
 
 # Rebuild the batch once the share of unfinished rows falls below this. Rebuilding earlier would not pay,
 # because each rebuild copies the cache.
 COMPACT_BELOW = 0.9
+CDF_BLOCK = 256  # vocabulary entries in a block of `choose`
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,11 @@ class Samples:
     log_probs: torch.Tensor  # (B, T-1) float32, nats, under the tempered distribution; 0 outside the mask
     finished: torch.Tensor  # (B,) bool, true if a stop token ended it; otherwise a length limit truncated it
     group_size: int  # G
+
+    @functools.cached_property
+    def host(self) -> Samples:
+        """A copy in host memory, so that lists of tokens are made without waiting for a GPU each time."""
+        return self if self.sequence_ids.device.type == "cpu" else self.to(torch.device("cpu"))
 
     @property
     def lengths(self) -> torch.Tensor:
@@ -163,18 +171,52 @@ def _pick(
     on_cpu = logits.device.type == "cpu" and logits.dtype == torch.float32
     if top_p == 1.0 and on_cpu and kernels.libraries() is not None:
         return kernels.choose(logits, temperature, uniform)
+    if top_p == 1.0 and logits.device.type == "cuda":
+        return choose(logits, uniform, temperature)
     probs = (logits.float() / temperature).softmax(dim=-1)  # (n, V)
     kept = probs
     if top_p < 1.0:
         ordered, order = probs.sort(dim=-1, descending=True)
         beyond = ordered.cumsum(dim=-1) - ordered >= top_p  # the mass before a token already suffices
         kept = torch.zeros_like(probs).scatter(-1, order, ordered.masked_fill(beyond, 0.0))
-    cdf = kept.cumsum(dim=-1)
+    # A GPU adds partial sums in the order of a tree. In float32, the CDF could then decrease in places, and
+    # improbable tokens would be drawn.
+    cdf = kept.cumsum(dim=-1, dtype=torch.float64 if kept.device.type == "cuda" else None)
     # The factor keeps the point below the total even after rounding, so the entry found has a nonzero
     # probability.
     point = uniform[:, None] * cdf[:, -1:] * (1 - 2**-23)
     token = torch.searchsorted(cdf, point, right=True)  # (n, 1)
     return token[:, 0], probs.gather(1, token).log()[:, 0]
+
+
+@fused
+def choose(
+    logits: torch.Tensor, uniform: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sample one token per row of logits (n, V) at a temperature, by inverse CDF, for a GPU.
+
+    The CDF is inverted in two levels, first over blocks of the vocabulary and then within one block. Only the
+    block sums and one block's entries are summed up in float64, in which no entry gets lost in rounding.
+
+    Args:
+        uniform: (n,) float32, one random number in [0, 1) per row.
+
+    Returns:
+        The tokens (n,) int64, and their log-probs (n,) float32.
+    """
+    log_probs = (logits / temperature).log_softmax(dim=-1)
+    missing = -logits.shape[1] % CDF_BLOCK
+    blocks = torch.nn.functional.pad(log_probs.exp(), (0, missing)).unflatten(1, (-1, CDF_BLOCK))
+    sums = blocks.sum(dim=2, dtype=torch.float64)  # (n, blocks)
+    cdf = sums.cumsum(dim=1)
+    point = uniform.double() * cdf[:, -1]  # (n,)
+    block = (cdf <= point[:, None]).sum(dim=1)  # the first one that ends beyond the point
+    before = torch.where(block > 0, cdf.gather(1, (block - 1).clamp(min=0)[:, None])[:, 0], 0.0)
+    inside = blocks.gather(1, block[:, None, None].expand(-1, 1, CDF_BLOCK))[:, 0].double().cumsum(dim=1)
+    # Even after rounding, the point stays below the end of the block, so the entry has a nonzero probability.
+    rest = torch.minimum(point - before, inside[:, -1] * (1 - 2**-40))
+    token = block * CDF_BLOCK + (inside <= rest[:, None]).sum(dim=1)
+    return token, log_probs.gather(1, token[:, None])[:, 0]
 
 
 class _PartialCompletions:

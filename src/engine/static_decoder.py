@@ -14,14 +14,19 @@ import torch
 from transformers import PreTrainedModel, StaticCache
 
 from src.console import say, warn
+from src.engine import cuda_llama
+from src.engine.architecture import can_pack
+from src.engine.cuda_decoder import GraphDecoder
 from src.engine.general_decoder import prefill_cache
-from src.engine.llama import can_pack
+from src.errors import first_line
 
 COLUMNS = 256  # the cache's length is a multiple of this, so one compilation serves many lengths
 CHECK_EVERY = 16
 
 # One decoder per model. It is kept, because a captured step only works at the addresses of its cache.
-_saved_decoders: "weakref.WeakKeyDictionary[PreTrainedModel, StaticDecoder]" = weakref.WeakKeyDictionary()
+_saved_decoders: "weakref.WeakKeyDictionary[PreTrainedModel, StaticDecoder | GraphDecoder]" = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def cache_columns(columns: int) -> int:
@@ -29,7 +34,7 @@ def cache_columns(columns: int) -> int:
     return -(-columns // COLUMNS) * COLUMNS
 
 
-def static_decoder(model: PreTrainedModel, rows: int, columns: int) -> "StaticDecoder":
+def static_decoder(model: PreTrainedModel, rows: int, columns: int) -> "StaticDecoder | GraphDecoder":
     """The model's decoder, for a batch of `rows` with at most `columns` tokens each, including padding.
 
     Every call returns the same decoder until a batch does not fit. Then a new decoder that is large enough
@@ -41,7 +46,8 @@ def static_decoder(model: PreTrainedModel, rows: int, columns: int) -> "StaticDe
         if saved is not None:
             rows, columns = max(rows, saved.max_rows), max(columns, saved.max_columns)
             del _saved_decoders[model], saved  # free its cache before allocating the next one
-        _saved_decoders[model] = StaticDecoder(model, rows, cache_columns(columns))
+        kind = GraphDecoder if cuda_llama.is_supported(model) else StaticDecoder
+        _saved_decoders[model] = kind(model, rows, cache_columns(columns))
     return _saved_decoders[model]
 
 
@@ -52,7 +58,9 @@ def release() -> None:
 
 def can_compile(model: PreTrainedModel) -> bool:
     """Whether the model is on a GPU, every layer attends to all earlier tokens, and Triton is available."""
-    return model.device.type == "cuda" and can_pack(model) and _has_triton()
+    return cuda_llama.is_supported(model) or (
+        model.device.type == "cuda" and can_pack(model) and _has_triton()
+    )
 
 
 @functools.lru_cache
@@ -122,6 +130,8 @@ class StaticDecoder:
     def _compile(self, arguments: tuple[torch.Tensor, ...]) -> None:
         size = f"{self.max_rows} rows of {self.max_columns} tokens"
         say(f"Compiling the decode step for {size} (once for this size)...")
+        # Every decoder compiles the same code, and Dynamo would give up after eight of them.
+        torch._dynamo.reset_code(StaticDecoder._forward.__code__)
         self._step = torch.compile(self._forward, mode="reduce-overhead", dynamic=False, fullgraph=True)
         # The declared type covers every kind of cache, but this kind counts its filled columns in a tensor.
         filled: list[torch.Tensor] = [layer.cumulative_length for layer in self.cache.layers]  # type: ignore[misc, union-attr]
@@ -129,8 +139,8 @@ class StaticDecoder:
         try:
             self._step(*arguments)
         except Exception as error:  # compilers raise all kinds of errors; an uncompiled step is only slower
-            name = type(error).__name__
-            warn(f"the decode step could not be compiled ({name}); sampling continues, more slowly")
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            warn(f"the decode step could not be compiled ({reason}); sampling continues, more slowly")
             self._step = self._forward
         for length, before in zip(filled, lengths, strict=True):  # the actual step writes this column again
             length.copy_(before)

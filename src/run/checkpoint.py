@@ -196,16 +196,24 @@ class Checkpoints:
         }
         optimizer = self.state.optimizer
         optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-        self._restore_randomness(progress.randomness)
+        self._restore_randomness(progress.randomness, progress.step)
         return progress
 
-    def _restore_randomness(self, states: dict[str, torch.Tensor]) -> None:
+    def _restore_randomness(self, states: dict[str, torch.Tensor], step: int) -> None:
         torch.set_rng_state(states["torch"])
         cuda = [states[f"cuda.{i}"] for i in range(torch.cuda.device_count()) if f"cuda.{i}" in states]
         if len(cuda) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(cuda)
         for name, generator in self.state.generators.items():
-            generator.set_state(states[f"generator.{name}"])
+            saved = states[f"generator.{name}"]
+            if saved.shape == generator.get_state().shape:
+                generator.set_state(saved)
+            else:  # a CPU's generator has another state than a GPU's
+                generator.manual_seed(generator.initial_seed() + step)
+                console.warn(
+                    "the run began on another kind of device, which draws other random numbers; sampling "
+                    f"continues with the seed {generator.initial_seed()}"
+                )
 
     def _parameters(self) -> dict[str, torch.Tensor]:
         return dict(zip(self.state.master.names, self.state.master.parameters, strict=True))
