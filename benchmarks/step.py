@@ -57,6 +57,7 @@ class Task:
     model: str
     tokens: int  # of each completion; 0: completions end by themselves, after at most LIMIT tokens
     dtype: str = "bfloat16"
+    device: str = "cpu"
     questions: int = 8
     group_size: int = 8  # completions per question
     prompt_ids: list[list[int]] | None = None  # replace the problems' own prompts
@@ -125,11 +126,16 @@ def ours(task: Task) -> Iterator[dict]:
     from src.engine.sampler import Sampling, decode, sample
     from src.grpo import UpdateSettings, compute_advantages
     from src.math_verifier import MathVerifier
+    from src.placement import set_up_cuda
     from src.run.checkpoint import TrainingState
 
-    keep_freed_memory()
-    bound_product_cache()
-    tokenizer, policy = models.load_tokenizer(task.model), models.load_policy(task.model, torch.device("cpu"))
+    device = torch.device(task.device)
+    if task.device == "cpu":
+        keep_freed_memory()
+        bound_product_cache()
+    else:
+        set_up_cuda()
+    tokenizer, policy = models.load_tokenizer(task.model), models.load_policy(task.model, device)
     master = MasterWeights(policy, getattr(torch, task.dtype))
     reference = models.make_reference(policy, None)
     optimizer = torch.optim.AdamW(master.parameters, lr=LR, weight_decay=0.0, fused=True)
@@ -137,7 +143,7 @@ def ours(task: Task) -> Iterator[dict]:
     prompts = [list(problem.prompt_ids) for problem in problems]
     questions = [problem.question for problem in problems for _ in range(task.group_size)]
     answers = [problem.answer for problem in problems for _ in range(task.group_size)]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     state = TrainingState(policy, tokenizer, master, optimizer, {"order": torch.Generator().manual_seed(0)})
     # Without stop tokens, every completion reaches its limit.
     stop_ids = [] if task.tokens else models.stop_token_ids(policy, tokenizer)
@@ -195,7 +201,7 @@ def trl(task: Task, settings: dict | None = None) -> Iterator[dict]:
     config = GRPOConfig(
         output_dir=tempfile.mkdtemp(), num_generations=task.group_size, per_device_train_batch_size=8,
         gradient_accumulation_steps=task.completions // 8, max_completion_length=task.max_new_tokens,
-        temperature=TEMPERATURE, beta=KL, learning_rate=LR, weight_decay=0.0, use_cpu=True,
+        temperature=TEMPERATURE, beta=KL, learning_rate=LR, weight_decay=0.0, use_cpu=task.device == "cpu",
         bf16=task.dtype == "bfloat16", save_strategy="no", report_to=[], max_steps=10_000,
         shuffle_dataset=False, disable_tqdm=True, logging_strategy="no",
         generation_kwargs={"min_new_tokens": task.tokens} if task.tokens else None, **(settings or {}),
@@ -413,6 +419,8 @@ def in_turns(
 def answer_with(values: dict) -> None:
     """Send values and the peak memory from a worker process to the main one."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if torch.cuda.is_initialized():
+        peak = torch.cuda.max_memory_allocated()
     os.write(ANSWERS, (json.dumps(values | {"peak_bytes": peak}) + "\n").encode())
 
 
@@ -509,6 +517,7 @@ def main(
     programs: tuple[Program, ...] = ("ours", "trl", "trl-fast", "plain"),
     tokens: int = 64,
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    device: Literal["cpu", "cuda"] = "cpu",
     repetitions: int = 5,
     data: str = str(ROOT / "data" / "dummy_math_tasks.jsonl"),
     model: str = "embedded",
@@ -520,12 +529,13 @@ def main(
         programs: The programs to compare; ratios are to the first.
         tokens: Tokens of each completion; 0 lets completions end by themselves, after at most 64.
         dtype: What the programs compute in.
+        device: Where they compute; the plain loop only knows the CPU.
         repetitions: Steps per program, after a warm-up step.
         data: A file of problems; the first 8 are used.
         model: A model, named as for train.py's --model-name.
         output: File for the figures as JSON.
     """
-    task = Task(data, model, tokens, dtype)
+    task = Task(data, model, tokens, dtype, device)
     workers: dict[str, subprocess.Popen] = {name: start(name, task) for name in programs}
     runs: dict[str, Callable[[], dict]] = {
         name: functools.partial(take_step, worker) for name, worker in workers.items()
