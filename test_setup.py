@@ -48,10 +48,10 @@ class Failed(Exception):
 
 
 def check_python() -> str:
-    if not (3, 10) <= sys.version_info[:2] <= (3, 12):
+    if not (3, 10) <= sys.version_info[:2] <= (3, 14):
         raise Failed(
-            f"Python {sys.version.split()[0]}; 3.10, 3.11 or 3.12 is needed",
-            "PYTHON=/path/to/python3.11 bash setup.sh",
+            f"Python {sys.version.split()[0]}; 3.10 to 3.14 is needed",
+            "PYTHON=/path/to/python3.12 bash setup.sh",
         )
     return f"Python {sys.version.split()[0]}"
 
@@ -68,9 +68,18 @@ def check_import(name: str, version: str) -> str:
 
 
 def pinned() -> dict[str, str]:
-    """The packages of requirements.txt, with their versions."""
+    """The packages of requirements.txt for this Python, with their versions."""
+    try:
+        from packaging.requirements import Requirement
+    except ModuleNotFoundError:
+        return {"packaging": ""}  # nothing is installed, as check_import will say
     lines = (line.split("#")[0].strip() for line in (HERE / "requirements.txt").read_text().splitlines())
-    return dict(line.split("==") for line in lines if line)
+    requirements = [Requirement(line) for line in lines if line]
+    return {
+        r.name: str(r.specifier).removeprefix("==")
+        for r in requirements
+        if not r.marker or r.marker.evaluate()
+    }
 
 
 def check_data(name: str, count: int) -> str:

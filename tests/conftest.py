@@ -55,6 +55,11 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def needs_verl() -> None:
+    """Skip the calling test or fixture if verl cannot be installed here."""
+    pytest.importorskip("verl", reason="verl is not installed; it needs Python 3.12 or older")
+
+
 @pytest.fixture(autouse=True)
 def forget_what_the_hub_answered():
     from src.hub import _ask_hub

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from src.grpo import compute_advantages, kl_estimate, policy_loss, token_weights
+from tests.conftest import needs_verl
 
 
 def random_tensors(seed: int, batch: int = 8, length: int = 6):
@@ -36,6 +37,7 @@ def test_advantages_by_hand():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_advantages_scaled_by_group_or_not_at_all_equal_verls(seed):
+    needs_verl()
     from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
 
     g = torch.Generator().manual_seed(seed)
@@ -106,6 +108,7 @@ def test_kl_estimate_is_never_negative_and_zero_at_equality(a, b):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_kl_estimate_equals_verls(seed):
+    needs_verl()
     from verl.trainer.ppo.core_algos import kl_penalty
 
     log_probs, ref, _, _ = random_tensors(seed)
@@ -129,6 +132,7 @@ def test_policy_loss_by_hand():
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("normalizer", ["token", "sequence"])
 def test_loss_equals_verls(seed, normalizer):
+    needs_verl()
     from verl.trainer.ppo.core_algos import compute_policy_loss_vanilla
     from verl.workers.config import ActorConfig
 

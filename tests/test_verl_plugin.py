@@ -32,7 +32,7 @@ from src.verl_plugin import client as reward_client
 from src.verl_plugin import command as verl_command
 from src.verl_plugin import plugin as verl_plugin
 from src.verl_plugin.plugin import HybridReward, compute_score, pack, unpack
-from tests.conftest import ROOT, run_command
+from tests.conftest import ROOT, needs_verl, run_command
 from tests.tools.reward_server import serving
 
 DEFAULTS = {name: p.default for name, p in inspect.signature(train.main).parameters.items()}
@@ -69,6 +69,7 @@ def command_of(tmp_path, policy_folder, reward_model_folder):
 
 
 def compose(overrides: list[str]):
+    needs_verl()
     from hydra import compose, initialize_config_module
 
     with initialize_config_module("verl.trainer.config", version_base=None):
@@ -81,6 +82,7 @@ def in_the_trainer(monkeypatch):
 
     It can be called several times, although a verl process creates only one.
     """
+    needs_verl()
     from verl.trainer.ppo.checkpoint_callback import build_checkpoint_callback
     from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY
 
@@ -215,6 +217,7 @@ def as_verl_batch(values: list[float], uids: list, seed: int):
     Returns:
         The batch, and the index into `values` of each of its rows; None for padding.
     """
+    needs_verl()
     from tensordict import TensorDict
     from verl import DataProto
 
@@ -258,6 +261,7 @@ def rounding_errors(rewards: torch.Tensor, scale: str) -> torch.Tensor:
 def test_500_groups_have_the_rewards_and_advantages_of_train_py(
     rollouts, packed, command_of, in_the_trainer, scorer, scale
 ):
+    needs_verl()
     from verl.trainer.ppo.ray_trainer import compute_advantage
 
     config = compose(command_of({"reward_scorer": scorer, "advantage_scale": scale}))
@@ -316,6 +320,7 @@ def test_a_group_that_lost_a_completion_gets_no_advantage_and_is_counted(command
 
 def reward_loop_worker(config):
     """verl's reward worker, in this process."""
+    needs_verl()
     from verl.experimental.reward_loop.reward_loop import RewardLoopWorker
 
     return RewardLoopWorker(config, None)
@@ -323,6 +328,7 @@ def reward_loop_worker(config):
 
 def as_rollout(tokenizer, problem: Problem, completion: str):
     """One completion in the form in which verl's agent loop passes it to a reward worker."""
+    needs_verl()
     from tensordict import TensorDict
     from verl import DataProto
 
@@ -565,6 +571,7 @@ VARIANTS = [
 def test_the_printed_command_composes_and_passes_verls_validation(
     hyperparameters, flags, command_of, in_the_trainer
 ):
+    needs_verl()
     from verl.trainer.ppo.reward import load_reward_manager
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
     from verl.utils.config import validate_config
@@ -660,6 +667,7 @@ def test_the_document_has_a_row_for_every_hyperparameter(command_of):
 
 
 def test_verl_reads_the_converted_data(tmp_path, policy_folder, tokenizer):
+    needs_verl()
     from omegaconf import OmegaConf
     from verl.utils.dataset.rl_dataset import RLHFDataset
 
