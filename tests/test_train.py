@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,11 +16,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import train
 from src import models, placement
 from src.errors import InputError
+from src.hub import TINYLLAMA
 from src.hybrid_reward import combine_hybrid_score, get_final_reward, get_our_final_reward
 from src.problems import read_problems
 from src.report.page import meanings
 from src.run.log import RunLog, choose_folder
-from tests.conftest import ROOT
+from src.run.resume import defaults_of
+from tests.conftest import ROOT, make_policy
 
 
 def metrics_of(run: Path) -> list[dict]:
@@ -90,6 +93,46 @@ def test_a_run_prints_the_lines_that_users_know(tiny, reward_model_folder, capsy
     assert float(bounds[1]) < float(bounds[2])
     in_metrics = [metrics_of(run)[0][f"reward/rm_{end}"] for end in ("min", "max")]
     assert [float(bounds[1]), float(bounds[2])] == pytest.approx(in_metrics, abs=1e-4)
+
+
+def test_without_a_gpu_auto_trains_the_bundled_model_and_a_resume_keeps_it(
+    tiny, policy_folder, monkeypatch, capsys
+):
+    monkeypatch.setattr(placement, "EMBEDDED", str(policy_folder))  # in its place, because it is fast
+    del tiny["model_name"]
+    run = train.main(**tiny | dict(max_steps=1))
+    out = capsys.readouterr().out
+    assert "policy: the bundled model instead of TinyLlama (auto: the run is on the CPU)" in out
+    assert "to train TinyLlama anyway: --model-name TinyLlama/TinyLlama-1.1B-Chat-v1.0" in out
+    saved = json.loads((run / "config.json").read_text())
+    assert saved["hyperparameters"]["model_name"] == str(policy_folder)
+    monkeypatch.setattr(placement, "EMBEDDED", "must-not-be-chosen-again")
+    train.main(resume=str(run), max_steps=2)
+    assert "(auto" not in capsys.readouterr().out
+    assert len(metrics_of(run)) == 2
+
+
+@pytest.mark.parametrize(
+    ("free", "reachable", "chosen", "line"),
+    [
+        (80e9, True, TINYLLAMA, "policy: TinyLlama/TinyLlama-1.1B-Chat-v1.0 (auto)"),
+        (1e3, True, "embedded", r"(auto: it needs 0.8 GB, and 0.0 GB are free on cuda)"),
+        (80e9, False, "embedded", "(auto: it cannot be loaded: no hub)"),
+    ],
+)
+def test_auto_trains_tinyllama_if_a_gpu_has_room(monkeypatch, capsys, free, reachable, chosen, line):
+    def skeleton(*_):
+        if not reachable:
+            raise InputError("no hub")
+        return make_policy()
+
+    monkeypatch.setattr(models, "policy_skeleton", skeleton)
+    monkeypatch.setattr(placement, "free_memory", lambda device: free)
+    args = SimpleNamespace(**defaults_of(train.main))
+    assert placement.choose_policy(args, torch.device("cuda")) == chosen
+    assert line in capsys.readouterr().out
+    args.model_name = "some/model"
+    assert placement.choose_policy(args, torch.device("cuda")) == "some/model"
 
 
 def test_every_part_of_every_reward_is_recorded_and_adds_up(tiny, reward_model_folder):

@@ -49,7 +49,6 @@ DOCUMENTS = (
 )
 # Commands that cannot run everywhere, and why.
 ELSEWHERE = {
-    r"^(bash setup\.sh )?python train\.py( --reward-scorer tanh)?$": "downloads TinyLlama and needs a GPU",
     r"benchmarks/gpu\.py": "needs a GPU",
     r"^accelerate launch": "needs several GPUs",
     r"hf:": "downloads from the Hugging Face hub",
