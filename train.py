@@ -35,6 +35,7 @@ Departures from the GRPO paper (arXiv:2402.03300):
 5. The optimizer updates float32 weights. The model computes with a copy of them in --dtype.
 """
 
+import src  # noqa: F401  # isort: skip (sets what OpenMP reads when torch loads)
 import io
 import math
 import signal
@@ -49,7 +50,7 @@ import torch
 import tyro
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from src import console, console_lines, metrics, models, parallel, placement
+from src import console, console_lines, metrics, models, parallel, placement, threads
 from src.engine.logprobs import completion_log_probs, micro_batches
 from src.engine.master_weights import MasterWeights
 from src.engine.memory import BatchSize
@@ -247,10 +248,9 @@ def main(
     log, checkpoints, progress = open_run(args, resolved, folder, checkpoint, state, fresh)
     progress.wandb_id = start_trackers(accelerator, args, log.folder, progress.step, progress.wandb_id)
     say_settings(main, args, log.folder, len(problems))
-    calibration = progress.calibration or warmup(
+    calibration = progress.calibration = progress.calibration or warmup(
         args, policy, tokenizer, verifier, reward_model, problems, sampling, progress
     )
-    progress.calibration = calibration  # saved in every checkpoint
     console_lines.say_start(args, calibration, total_steps)
     resume_point = checkpoints.snapshot(progress)  # the state between two steps, which a signal saves
     stop, started, first_step = StopSignals(), time.perf_counter(), progress.step
@@ -273,7 +273,7 @@ def main(
                 break
 
             # The next Q problems in a random order, which is redrawn when fewer than Q are left.
-            step_started = time.perf_counter()
+            step_started, waited_before = time.perf_counter(), threads.waited()
             if len(progress.order) < rollouts_per_step:
                 progress.order = torch.randperm(len(problems), generator=order_generator).tolist()
             chosen = [problems[i] for i in progress.order[:rollouts_per_step]]  # Q
@@ -316,6 +316,7 @@ def main(
             logged |= metrics.completion_metrics(samples, scores) | metrics.calibration_metrics(calibration)
             logged["policy/micro_batch_size"] = float(micro_batch.size)
             logged["time/step_s"] = time.perf_counter() - step_started
+            logged["time/cpu_wait_frac"] = threads.waited_share(waited_before, logged["time/step_s"])
             logged |= metrics.speed_metrics(policy, samples, epochs_per_step, reference is not None, logged)
             rows = metrics.rollout_rows(step, chosen, completions, samples, scores, advantages)  # B
             log.metrics(step, logged)
@@ -325,6 +326,7 @@ def main(
                 console_lines.say_samples(rows)
                 log_completions(accelerator, rows, step)
             console_lines.say_step(step, total_steps, logged)
+            console_lines.warn_if_crowded(step, logged)
             console.advance(tokens_per_s=logged["time/tokens_per_s"])
 
             # Save

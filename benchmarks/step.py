@@ -446,11 +446,15 @@ def work(name: str, task: Task) -> None:
 
 def start(name: str, task: Task) -> subprocess.Popen:
     """Start a worker process, and wait until it is set up."""
+    environment = dict(os.environ)
+    if name == "ours" and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & environment.keys():
+        environment["OMP_WAIT_POLICY"] = "PASSIVE"  # as src/threads.py does, before torch loads
     worker = subprocess.Popen(
         [sys.executable, __file__, "--worker", name, json.dumps(dataclasses.asdict(task))],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
+        env=environment,
         text=True,
     )
     read_answer(worker)

@@ -11,12 +11,14 @@ from types import SimpleNamespace
 import torch
 
 from src import console
-from src.console import say
+from src.console import say, warn
 from src.hybrid_reward import Calibration
 from src.metrics import Scores
 from src.problems import Problem
 from src.run.checkpoint import Progress
 
+# Share of a step in which its threads may wait for a core before the run says so.
+MUCH_WAITING = 0.15
 SAMPLES_SHOWN = 3
 SAMPLE_CHARS = 300  # characters shown of a completion; a longer one loses its middle
 FIRST_AND_LAST = 5  # steps that the summary averages over at each end of a run
@@ -100,6 +102,21 @@ def say_step(step: int, total_steps: int, metrics: dict[str, float]) -> None:
         f"truncated={100 * metrics['completion/truncated_frac']:.0f}%, {metrics['time/step_s']:.1f} s, "
         f"{metrics['time/tokens_per_s']:.0f} tokens/s (step {step + 1} of {total_steps})"
     )
+
+
+def warn_if_crowded(step: int, metrics: dict[str, float]) -> None:
+    """Warn, once in a process, if the threads of a step often waited for a core that another program used."""
+    global _said_crowded
+    share = metrics["time/cpu_wait_frac"]
+    if share > MUCH_WAITING and not _said_crowded:
+        _said_crowded = True
+        warn(
+            f"other programs kept the CPU busy in {100 * share:.0f}% of step {step}; stop them, or give this "
+            "run its own cores (taskset -c 0) or fewer threads (OMP_NUM_THREADS=1)"
+        )
+
+
+_said_crowded = False
 
 
 def say_summary(run_folder: Path) -> None:

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from src import console, models, parallel
+from src import console, models, parallel, threads
 from src.engine.memory import (
     ModelSize,
     Plan,
@@ -67,10 +67,20 @@ def start(args: SimpleNamespace) -> tuple[Accelerator, str]:
             "process, start a new process"
         )
     if device.type == "cpu":
+        limit_threads()
         keep_freed_memory()
         bound_product_cache()
     transformers.utils.logging.disable_progress_bar()  # hides the bars for loading weights, not for downloads
     return accelerator, parallel.from_first(lambda: choose_policy(args, device))
+
+
+def limit_threads() -> None:
+    """Compute with as many threads as the CPU quota allows, unless the user has chosen a number. Says so."""
+    count, why = threads.available()
+    if threads.is_chosen() or count >= threads.cores():
+        return
+    torch.set_num_threads(count)  # in case torch had loaded before src
+    console.say(f"threads: {count} ({why})")
 
 
 def set_up_cuda() -> None:

@@ -28,6 +28,7 @@ BELOW = {
     "answers": set(),
     "errors": set(),
     "intervals": set(),
+    "threads": set(),
     "files": set(),
     "grpo": set(),
     "hybrid_reward": set(),
