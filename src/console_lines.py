@@ -108,7 +108,8 @@ def warn_if_crowded(step: int, metrics: dict[str, float]) -> None:
     """Warn, once in a process, if the threads of a step often waited for a core that another program used."""
     global _said_crowded
     share = metrics["time/cpu_wait_frac"]
-    if share > MUCH_WAITING and not _said_crowded:
+    long_enough = metrics["time/step_s"] > 2  # in a shorter step, a moment of company is a large share
+    if share > MUCH_WAITING and long_enough and not _said_crowded:
         _said_crowded = True
         warn(
             f"other programs kept the CPU busy in {100 * share:.0f}% of step {step}; stop them, or give this "

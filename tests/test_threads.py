@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from src import threads
+from src import console_lines, threads
 from tests.conftest import ROOT
 
 
@@ -115,3 +115,13 @@ def test_time_without_a_core_is_counted():
     if float(share) == 0:
         pytest.skip("this system does not tell how long threads wait (/proc/self/task/*/schedstat)")
     assert float(share) > 0.2
+
+
+def test_a_run_says_once_that_other_programs_use_the_cpu(capsys, monkeypatch):
+    monkeypatch.setattr(console_lines, "_said_crowded", False)
+    for share, seconds in ((0.5, 1.0), (0.1, 9.0)):
+        console_lines.warn_if_crowded(1, {"time/cpu_wait_frac": share, "time/step_s": seconds})
+    assert capsys.readouterr().out == ""
+    for step in (2, 3):
+        console_lines.warn_if_crowded(step, {"time/cpu_wait_frac": 0.4, "time/step_s": 9.0})
+    assert capsys.readouterr().out.startswith("warning: other programs kept the CPU busy in 40% of step 2;")
