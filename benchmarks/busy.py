@@ -1,8 +1,8 @@
 """A training step on a busy CPU: python benchmarks/busy.py [--help]
 
 Times a short step of train.py's own functions (`ours` in step.py) on an idle machine, next to a busy loop at
-low priority (nice 10), and next to a second run, for each way in which threads can wait for each other. The
-cases take turns, so that a slow moment of the machine does not hit only one of them.
+low priority (nice 10), and next to a second run, for each way in which threads can wait for each other. For
+one way of waiting, the three cases take turns, so that a slow moment of the machine does not hit only one.
 """
 
 import os
@@ -25,11 +25,11 @@ from step import Task, start, take_step  # noqa: E402
 
 from src.threads import COUNT_VARIABLES, WAITING_VARIABLES  # noqa: E402
 
-# How threads wait: environment variables. Without any, train.py sets OMP_WAIT_POLICY=PASSIVE.
+# How threads wait: environment variables. Without any, the default of src/threads.py applies.
 WAITING: dict[str, dict[str, str]] = {
-    "sleeping (the default)": {},
-    "spinning 1,000 times": {"GOMP_SPINCOUNT": "1000"},
-    "spinning (OpenMP's default)": {"OMP_WAIT_POLICY": "ACTIVE"},
+    "spinning briefly (the default)": {},
+    "sleeping": {"OMP_WAIT_POLICY": "PASSIVE"},
+    "spinning 300,000 times (OpenMP's default)": {"GOMP_SPINCOUNT": "300000"},
 }
 
 

@@ -448,7 +448,7 @@ def start(name: str, task: Task) -> subprocess.Popen:
     """Start a worker process, and wait until it is set up."""
     environment = dict(os.environ)
     if name == "ours" and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & environment.keys():
-        environment["OMP_WAIT_POLICY"] = "PASSIVE"  # as src/threads.py does, before torch loads
+        environment["GOMP_SPINCOUNT"] = "1000"  # as src/threads.py does, before torch loads
     worker = subprocess.Popen(
         [sys.executable, __file__, "--worker", name, json.dumps(dataclasses.asdict(task))],
         stdin=subprocess.PIPE,

@@ -11,19 +11,20 @@ OWN_CGROUPS = Path("/proc/self/cgroup")
 TASKS = Path("/proc/self/task")
 # Variables with which users set the number of threads, or how threads wait.
 COUNT_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+SPIN_COUNT = "1000"  # less than 0.1 ms; sleeping at once made steps 17% slower on a virtual machine
 WAITING_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
 def configure() -> None:
     """Set what OpenMP reads when it loads, except what the user has set.
 
-    - Threads that wait for others sleep instead of spinning. If another program uses one of the cores, a
-      thread that spins keeps the others from running, and a step takes several times as long
-      (benchmarks/NOTES.md).
+    - Threads that wait for others spin briefly, and then sleep. By default, GNU's OpenMP spins for many
+      milliseconds. If another program uses one of the cores, that keeps the thread that is waited for from
+      running, and a step takes up to twelve times as long (benchmarks/NOTES.md).
     - With a CPU quota, there is a thread for each core of the quota, not for each core of the machine.
     """
     if not any(name in os.environ for name in WAITING_VARIABLES):
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
     count, _ = available()
     if not is_chosen() and count < cores():
         os.environ["OMP_NUM_THREADS"] = str(count)
