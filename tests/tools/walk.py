@@ -60,7 +60,7 @@ if find_chromium() is None:
 # Commands that take more than ten minutes on two cores.
 LONG = "|".join(
     (
-        r"benchmarks/(learning|ablation|step|scaling)\.py",
+        r"benchmarks/(learning|ablation|step|scaling|busy)\.py",
         r"data/make_judge\.py",
         r"tests/tools/(soak\.py|walk\.py(?! --show))",
         r"pytest -m slow",
