@@ -1,13 +1,14 @@
 """Log-probs of packed completions against the plain forward pass, and the float32 master weights."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from src import models
-from src.engine import llama, logprobs
+from src.engine import llama, token_log_probs
 from src.engine.architecture import can_pack
 from src.engine.logprobs import completion_log_probs, micro_batches
 from src.engine.master_weights import MasterWeights
@@ -44,7 +45,7 @@ def naive(policy, ids, mask, actions, temperature):
 def test_values_and_gradients_equal_the_plain_ones_however_rows_are_packed_and_split(
     monkeypatch, block, size, group_size, path
 ):
-    monkeypatch.setattr(logprobs, "VOCABULARY_BLOCK", block)
+    monkeypatch.setattr(token_log_probs, "VOCABULARY_BLOCK", block)
     policy = make_policy(attn_implementation="sdpa" if path == "hand-written" else path)
     if path != "hand-written":
         monkeypatch.setattr(llama, "is_supported", lambda model: False)
@@ -120,7 +121,7 @@ def test_logits_exist_only_for_completion_tokens_and_one_block_of_the_vocabulary
     policy.model.embed_tokens.requires_grad_(False)
     ids, mask, actions = batch()
     for block, expected in ((4, set()), (1000, {int(actions.sum())})):
-        monkeypatch.setattr(logprobs, "VOCABULARY_BLOCK", block)
+        monkeypatch.setattr(token_log_probs, "VOCABULARY_BLOCK", block)
         with WideTensors(policy.config.vocab_size) as wide:
             all_log_probs(policy, as_samples(ids, mask, actions, 2), 1.0).sum().backward()
         assert {n for n in wide.rows if n != policy.config.hidden_size} == expected
@@ -233,12 +234,12 @@ def test_the_reference_is_frozen_and_independent_of_the_policy(policy):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("frozen_head", [True, False])
 def test_the_written_out_gradient_of_the_head_equals_autograd(monkeypatch, bias, frozen_head):
-    monkeypatch.setattr(logprobs, "VOCABULARY_BLOCK", 3)
+    monkeypatch.setattr(token_log_probs, "VOCABULARY_BLOCK", 3)
     torch.manual_seed(0)
     head = torch.nn.Linear(6, 11, bias=bias).requires_grad_(not frozen_head)
     hidden, targets, upstream = torch.randn(8, 6, requires_grad=True), torch.randint(11, (8,)), torch.randn(8)
     inputs = [hidden] if frozen_head else [hidden, *head.parameters()]
-    ours = logprobs._TokenLogProbs.apply(hidden, head.weight, head.bias, targets, 0.7)
+    ours = token_log_probs.TokenLogProbs.apply(hidden, head.weight, head.bias, targets, 0.7)
     plain = (head(hidden) / 0.7).log_softmax(-1).gather(1, targets[:, None])[:, 0]
     torch.testing.assert_close(ours, plain)
     for a, b in zip(
@@ -264,3 +265,26 @@ def test_gradients_are_bit_identical_in_every_run_with_several_threads(monkeypat
     finally:
         torch.set_num_threads(threads)
     assert len(gradients) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_the_gpus_gradients_of_the_head_equal_autograds(monkeypatch, dtype, with_bias):
+    monkeypatch.setattr(token_log_probs, "VOCABULARY_BLOCK", 7)
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(5, 8, generator=g).to(dtype), torch.randn(20, 8, generator=g).to(dtype)
+    bias = torch.randn(20, generator=g).to(dtype) if with_bias else None
+    targets, upstream = torch.tensor([0, 6, 7, 19, 6]), torch.randn(5, generator=g)
+    inputs = [x.float().clone().requires_grad_() for x in (hidden, weight, bias) if x is not None]
+    logits = torch.nn.functional.linear(*inputs) / 0.7
+    log_probs = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    expected = torch.autograd.grad((log_probs * upstream).sum(), inputs)
+    saved = (hidden, weight, bias, targets, logits.logsumexp(1).detach())
+    needs = (True, True, with_bias, False, False)
+    ctx = SimpleNamespace(saved_tensors=saved, temperature=0.7, needs_input_grad=needs)
+    ours = token_log_probs._gradients_on_gpu(ctx, upstream[:, None] / 0.7)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    for a, b in zip(ours, expected, strict=False):
+        assert a.dtype == dtype
+        torch.testing.assert_close(a.float(), b, atol=tolerance, rtol=tolerance)
+    assert ours[3] is ours[4] is None

@@ -12,7 +12,7 @@ import train
 from src import models, placement
 from src.engine import architecture, cuda_llama, llama
 from src.engine.llama import Layout, packed_hidden
-from src.engine.logprobs import micro_batches, vocabulary_block
+from src.engine.logprobs import micro_batches
 from src.engine.memory import (
     ModelSize,
     Plan,
@@ -22,6 +22,7 @@ from src.engine.memory import (
     measure,
     ways_out,
 )
+from src.engine.token_log_probs import vocabulary_block
 from src.errors import InputError
 from tests.conftest import as_samples, make_policy
 

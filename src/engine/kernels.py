@@ -302,7 +302,7 @@ def choose(
 
 
 class CompiledLogSumExp:
-    """A compiled version of `logprobs.LogSumExp`."""
+    """A compiled version of `token_log_probs.LogSumExp`."""
 
     def __init__(self, targets: torch.Tensor, temperature: float):
         self.targets, self.temperature = targets, float(temperature)

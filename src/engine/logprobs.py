@@ -8,20 +8,17 @@ larger than the bundled model itself.
 """
 
 from dataclasses import dataclass
-from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from src.engine import architecture, cuda_llama, kernels, llama
-from src.engine.linear import make_head, map_bias
+from src.engine import architecture, cuda_llama, llama
 from src.engine.sampler import Samples
+from src.engine.token_log_probs import TokenLogProbs
 
 PASS_COST = 64  # the cost of one more forward and backward pass, in tokens
 PACKED_TOKENS = 768  # the length limit of a packed row, because attention is quadratic
-VOCABULARY_BLOCK = 1024  # logits per token at a time on a CPU, so that 2,000 tokens fit in its cache
 
 
 @dataclass
@@ -161,144 +158,10 @@ def completion_log_probs(
     hidden = hidden.index_select(0, predictors.to(device))  # (N, D) for N sampled tokens, row by row
     targets = samples.host.sequence_ids[batch.rows, 1 : batch.width + 1][mask].to(device)  # (N,)
     head = model.get_output_embeddings()
-    token_log_probs = _TokenLogProbs.apply(hidden, head.weight, head.bias, targets, temperature)
+    token_log_probs = TokenLogProbs.apply(hidden, head.weight, head.bias, targets, temperature)
     log_probs = torch.zeros(mask.shape, dtype=torch.float32, device=device)
     # Indices found on the host, because a mask on a GPU would make the host wait for it.
     return log_probs.index_put(tuple(i.to(device) for i in mask.nonzero(as_tuple=True)), token_log_probs)
-
-
-# ----------------------------------------------------------------------------------------------------------
-# The output head
-
-
-def vocabulary_block(device: str) -> int:
-    """Maximum number of logits per token at a time; larger on a GPU, where each kernel launch has a cost."""
-    return VOCABULARY_BLOCK if device == "cpu" else 8 * VOCABULARY_BLOCK
-
-
-class LogSumExp:
-    """Collects the log-sum-exp of tempered logits, one vocabulary block at a time, and the targets' logits.
-
-    Args:
-        targets: (n,) int64, the target vocabulary entry of each token.
-    """
-
-    def __init__(self, targets: torch.Tensor, temperature: float):
-        self.targets, self.temperature = targets, temperature
-        self.log_sum_exp = torch.full(targets.shape, -torch.inf, device=targets.device)  # (n,)
-        self.target_logits = torch.empty_like(self.log_sum_exp)  # (n,), divided by the temperature
-
-    def add(self, logits: torch.Tensor, start: int) -> None:
-        """Add logits (n, v) float32 of the vocabulary entries starting at `start`. May change the logits."""
-        logits.div_(self.temperature)
-        self.log_sum_exp = torch.logaddexp(self.log_sum_exp, logits.logsumexp(dim=1))
-        column, here = find_in_block(self.targets, start, logits.shape[1])
-        self.target_logits = torch.where(here, logits.gather(1, column[:, None])[:, 0], self.target_logits)
-
-    def value(self) -> torch.Tensor:
-        """The log-sum-exp (n,) float32 of all logits so far."""
-        return self.log_sum_exp
-
-
-def find_in_block(targets: torch.Tensor, start: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Columns (n,) of targets (n,) in a vocabulary block, 0 if outside; and whether they are in it."""
-    here = (targets >= start) & (targets < start + size)
-    return torch.where(here, targets - start, 0), here
-
-
-class _TokenLogProbs(torch.autograd.Function):
-    """log_softmax((hidden W^T + b) / temperature) at the targets, one block of the vocabulary at a time.
-
-    The gradient of target y's log-prob with respect to the logits is (onehot(y) - softmax) / temperature.
-    Because this gradient is written out here, it can replace a block's logits in place, whereas autograd
-    would keep and read several tensors as large as all the logits together.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        targets: torch.Tensor,
-        temperature: float,
-    ) -> torch.Tensor:
-        """hidden (N, D), weight (V, D), bias (V,) or None, targets (N,) -> log-probs (N,) float32."""
-        compiled = hidden.device.type == "cpu" and kernels.libraries() is not None
-        log_sum_exp = (kernels.CompiledLogSumExp if compiled else LogSumExp)(targets, temperature)
-        for block in _vocabulary_blocks(weight, bias):
-            log_sum_exp.add(make_head(block.weight, block.bias)(hidden), block.entries.start)
-        total = log_sum_exp.value()
-        ctx.save_for_backward(hidden, weight, bias, targets, total)
-        ctx.temperature = temperature
-        ctx.compiled = compiled and hidden.dtype in (torch.float32, torch.bfloat16)
-        return log_sum_exp.target_logits - total
-
-    @staticmethod
-    def backward(ctx: Any, d_log_probs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden, weight, bias, targets, log_sum_exp = ctx.saved_tensors
-        dtype, d_log_probs = hidden.dtype, d_log_probs.contiguous()
-        d_target = d_log_probs[:, None] / ctx.temperature  # (N, 1), the gradient from onehot(y)
-        if hidden.device.type == "cuda":
-            return _gradients_on_gpu(ctx, d_target)
-        d_hidden = weight[targets] * d_target  # (N, D) float32
-        d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        d_bias = torch.empty_like(bias) if ctx.needs_input_grad[2] else None
-        for block in _vocabulary_blocks(weight, bias):
-            logits = F.linear(hidden, block.weight, block.bias)  # (N, v), rounded, as their gradient will be
-            if ctx.compiled:
-                kernels.logits_backward_(logits, ctx.temperature, log_sum_exp, d_log_probs)
-                d_logits = logits
-            else:
-                logits = logits.float().div_(ctx.temperature).sub_(log_sum_exp[:, None])  # now log-probs
-                d_logits = logits.exp_().mul_(-d_target).to(dtype)
-            d_hidden += d_logits @ block.weight
-            if d_weight is not None:
-                torch.mm(d_logits.T, hidden, out=d_weight[block.entries])
-            if d_bias is not None:
-                torch.sum(d_logits, dim=0, out=d_bias[block.entries])
-        if d_weight is not None:
-            d_weight.index_add_(0, targets, (hidden * d_target).to(dtype))
-        if d_bias is not None:
-            d_bias.index_add_(0, targets, d_target[:, 0].to(dtype))
-        return d_hidden.to(dtype), d_weight, d_bias, None, None
-
-
-def _gradients_on_gpu(ctx: Any, d_target: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    """The gradients of `_TokenLogProbs`, with the targets' part in the products: adding it to rows of the
-    weight's gradient afterwards would round every sum, in an order that differs from run to run.
-
-    Args:
-        d_target: (N, 1) float32, the gradient of each target's logit.
-    """
-    hidden, weight, bias, targets, log_sum_exp = ctx.saved_tensors
-    d_hidden = torch.zeros(hidden.shape, device=hidden.device)  # (N, D) float32
-    d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-    d_bias = torch.empty_like(bias) if ctx.needs_input_grad[2] else None
-    for block in _vocabulary_blocks(weight, bias):
-        logits = make_head(block.weight, block.bias)(hidden)  # (N, v)
-        probs = logits.div_(ctx.temperature).sub_(log_sum_exp[:, None]).exp_()
-        column, here = find_in_block(targets, block.entries.start, len(block.weight))
-        d_logits = probs.mul_(-d_target).scatter_add_(1, column[:, None], d_target * here[:, None])
-        rounded = d_logits.to(hidden.dtype)
-        d_hidden += rounded @ block.weight
-        if d_weight is not None:
-            torch.mm(rounded.T, hidden, out=d_weight[block.entries])
-        if d_bias is not None:
-            torch.sum(d_logits, dim=0, out=d_bias[block.entries])
-    return d_hidden.to(hidden.dtype), d_weight, d_bias, None, None
-
-
-class _VocabularyBlock(NamedTuple):
-    entries: slice  # v vocabulary entries
-    weight: torch.Tensor  # (v, D)
-    bias: torch.Tensor | None  # (v,)
-
-
-def _vocabulary_blocks(weight: torch.Tensor, bias: torch.Tensor | None) -> list[_VocabularyBlock]:
-    size = vocabulary_block(weight.device.type)
-    parts = [slice(start, min(start + size, len(weight))) for start in range(0, len(weight), size)]
-    return [_VocabularyBlock(p, weight[p], map_bias(itemgetter(p), bias)) for p in parts]
 
 
 # ----------------------------------------------------------------------------------------------------------

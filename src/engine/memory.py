@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 
 from src.console import say, warn
 from src.engine import architecture, cuda_llama, llama, static_decoder
-from src.engine.logprobs import PASS_COST, vocabulary_block
+from src.engine.logprobs import PASS_COST
 from src.engine.static_decoder import cache_columns
+from src.engine.token_log_probs import vocabulary_block
 from src.errors import InputError
 
 T = TypeVar("T")

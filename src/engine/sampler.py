@@ -56,10 +56,14 @@ class Samples:
     finished: torch.Tensor  # (B,) bool, true if a stop token ended it; otherwise a length limit truncated it
     group_size: int  # G
 
-    @functools.cached_property
+    @property
     def host(self) -> Samples:
-        """A copy in host memory, so that lists of tokens are made without waiting for a GPU each time."""
-        return self if self.sequence_ids.device.type == "cpu" else self.to(torch.device("cpu"))
+        """The samples in host memory, so that making lists of tokens does not wait for a GPU each time."""
+        return self if self.sequence_ids.device.type == "cpu" else self._copy_on_host
+
+    @functools.cached_property
+    def _copy_on_host(self) -> Samples:
+        return self.to(torch.device("cpu"))
 
     @property
     def lengths(self) -> torch.Tensor:
