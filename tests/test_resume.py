@@ -361,3 +361,14 @@ def test_a_run_can_continue_on_another_kind_of_device(tiny, capsys):
     train.main(resume=str(run / "step_1"))
     assert "began on another kind of device" in capsys.readouterr().out
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_resumed_run_says_if_the_number_of_threads_has_changed(tiny, capsys):
+    run = train.main(**tiny | dict(max_steps=1))
+    assert json.loads((run / "config.json").read_text())["threads"] == 1
+    torch.set_num_threads(2)
+    train.main(resume=str(run), max_steps=2)
+    assert "threads: 2 instead of 1" in capsys.readouterr().out
+    torch.set_num_threads(1)
+    train.main(resume=str(run), max_steps=3)
+    assert "instead of" not in capsys.readouterr().out.replace("max_steps=3 instead of 2", "")

@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 
+import torch
+
 from src import console
 from src.errors import InputError
 from src.files import write_text
@@ -205,6 +207,7 @@ def environment() -> dict:
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in VERSIONS_OF}},
         "git_commit": _git_commit(),
         "machine": f"{platform.system()} {platform.machine()}",
+        "threads": torch.get_num_threads(),
         "started": datetime.now().isoformat(timespec="seconds"),
     }
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+
 from src import console, parallel
 from src.errors import InputError
 from src.run.checkpoint import (
@@ -192,6 +194,7 @@ def open_run(
     saved = read_config(folder)
     changed = changes(saved["hyperparameters"], vars(args))
     other_problems = has_other_problems(saved, args.data)
+    _say_other_threads(saved, resolved["run_device"])
     if checkpoint:
         check_resumed(
             read_progress(checkpoint), fresh, changed, other_problems, resolved["total_steps"], args.resume
@@ -207,6 +210,16 @@ def open_run(
     log.continue_from(progress.step, progress.written, changed, config)
     console.say(f"resuming from {checkpoint or 'the beginning: the run has no checkpoint yet'}")
     return log, checkpoints, progress
+
+
+def _say_other_threads(saved: dict, device: str) -> None:
+    """Say if a run on a CPU now has another number of threads: its results then differ in rounding."""
+    before, now = saved.get("threads"), torch.get_num_threads()
+    if device == "cpu" and before not in (None, now):
+        console.say(
+            f"threads: {now} instead of {before}, so the results differ in rounding from those of an "
+            f"uninterrupted run; OMP_NUM_THREADS={before} restores them"
+        )
 
 
 def _open_log(folder: Path, may_rename: bool, config: dict | None) -> RunLog:
