@@ -586,7 +586,8 @@ def cli() -> None:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # some terminals cannot show every character
-    sys.stdout = PatientStream(sys.stdout)
+    if not isinstance(sys.stdout, PatientStream):  # it is, if Python calls cli() again
+        sys.stdout = PatientStream(sys.stdout)
     # Before training there is nothing to save, so SIGTERM just exits.
     signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))
     settings = tyro.cli(wraps(main)(lambda **settings: settings))
