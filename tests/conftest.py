@@ -71,6 +71,14 @@ def forget_what_the_hub_answered():
     _ask_hub.cache_clear()
 
 
+@pytest.fixture(autouse=True)
+def say_nothing_about_other_programs(monkeypatch):
+    """A busy machine must not change what a run prints."""
+    from src import console_lines
+
+    monkeypatch.setattr(console_lines, "_said_crowded", True)
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     return byte_tokenizer()
