@@ -1,4 +1,4 @@
-"""The CUDA path for Llama-like models, run on a CPU with a naive attention in place of FlashAttention."""
+"""The CUDA path for Llama-like models, run on a CPU with naive attention in place of FlashAttention."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from src.engine.general_decoder import GeneralDecoder
 from src.engine.logprobs import completion_log_probs, micro_batches
 from tests.conftest import all_log_probs, as_samples, make_policy
 from tests.test_decoder import MODELS
-from tests.test_llama import LENGTHS, one_by_one
+from tests.test_llama import LENGTHS, compare_with_each_sequence
 from tests.test_logprobs import batch, naive
 from tests.test_sampler import PROMPTS, run
 
@@ -52,17 +52,7 @@ def on_a_pretended_gpu(monkeypatch):
 def test_values_and_gradients_equal_those_of_each_sequence_by_itself(kind, lengths):
     model = MODELS[kind]()
     layout = cuda_llama.Layout.of(*lengths, torch.device("cpu"))
-    g = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, 80, (len(layout.positions),), generator=g)
-    upstream = torch.randn(len(ids), 32, generator=g)
-    results = []
-    for hidden in (cuda_llama.packed_hidden(model, ids, layout), one_by_one(model, ids, *lengths)):
-        gradients = torch.autograd.grad((hidden * upstream).sum(), list(model.base_model.parameters()))
-        results.append((hidden.detach(), gradients))
-    (ours, our_gradients), (theirs, their_gradients) = results
-    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-    for a, b in zip(our_gradients, their_gradients, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5 * float(b.abs().max()), rtol=1e-4)
+    compare_with_each_sequence(cuda_llama.packed_hidden, model, layout, lengths)
 
 
 @pytest.mark.parametrize("variant", ["plain", "checkpointed", "lora"])

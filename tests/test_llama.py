@@ -30,6 +30,26 @@ def one_by_one(model, ids, prompt_lengths, completion_lengths):
     return torch.cat(hidden)
 
 
+def compare_with_each_sequence(packed, model, layout, lengths):
+    """Compare values and gradients of a packed pass with those of each sequence by itself.
+
+    Returns:
+        The random ids, and the pass's hidden states.
+    """
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 80, (len(layout.positions),), generator=g)
+    upstream = torch.randn(len(ids), 32, generator=g)
+    results = []
+    for hidden in (packed(model, ids, layout), one_by_one(model, ids, *lengths)):
+        gradients = torch.autograd.grad((hidden * upstream).sum(), list(model.base_model.parameters()))
+        results.append((hidden.detach(), gradients))
+    (ours, our_gradients), (theirs, their_gradients) = results
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    for a, b in zip(our_gradients, their_gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5 * float(b.abs().max()), rtol=1e-4)
+    return ids, ours
+
+
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize(
@@ -43,17 +63,7 @@ def test_values_and_gradients_equal_those_of_each_sequence_by_itself(
     model = MODELS[kind]()
     assert llama.is_supported(model)
     layout = Layout.of(*lengths)
-    g = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, 80, (len(layout.positions),), generator=g)
-    upstream = torch.randn(len(ids), 32, generator=g)
-    results = []
-    for hidden in (packed_hidden(model, ids, layout), one_by_one(model, ids, *lengths)):
-        gradients = torch.autograd.grad((hidden * upstream).sum(), list(model.base_model.parameters()))
-        results.append((hidden.detach(), gradients))
-    (ours, our_gradients), (theirs, their_gradients) = results
-    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-    for a, b in zip(our_gradients, their_gradients, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5 * float(b.abs().max()), rtol=1e-4)
+    ids, ours = compare_with_each_sequence(packed_hidden, model, layout, lengths)
     with torch.no_grad():
         torch.testing.assert_close(packed_hidden(model, ids, layout), ours, atol=0, rtol=0)
 

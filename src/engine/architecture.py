@@ -2,7 +2,7 @@
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 # Model types that consist only of RMSNorm, rotary positions, grouped heads and SwiGLU.
 LLAMA_LIKE = ("llama", "mistral", "qwen2")
@@ -28,6 +28,11 @@ def is_llama_like(model: PreTrainedModel) -> bool:
 def has_plain_layers(model: PreTrainedModel) -> bool:
     """Whether all projections are plain linear layers, without an adapter."""
     return all(type(m) is nn.Linear for name, m in model.named_modules() if name.endswith(PROJECTIONS))
+
+
+def head_dim(config: PreTrainedConfig) -> int:
+    """The size of a head, which a configuration may leave out."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def can_pack(model: PreTrainedModel) -> bool:

@@ -36,15 +36,14 @@ def is_supported(model: PreTrainedModel) -> bool:
     """Whether this module can run a model: Llama-like, in bfloat16, on a GPU with FlashAttention."""
     if model.device.type != "cuda" or model.dtype != torch.bfloat16 or not architecture.is_llama_like(model):
         return False
-    head_dim = getattr(model.config, "head_dim", None)
-    head_dim = head_dim or model.config.hidden_size // model.config.num_attention_heads
+    head_dim = architecture.head_dim(model.config)
     return head_dim % 8 == 0 and head_dim <= 256 and _has_flash_attention()
 
 
 def activation_bytes(config: Any) -> float:
     """Bytes that a forward pass keeps for the backward pass, per token."""
     hidden, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    head_dim = architecture.head_dim(config)
     norms = 2 * (4 + 2) * hidden  # both norms' input in float32, and their result
     attention = 2 * (heads + 2 * config.num_key_value_heads) * head_dim + 2 * heads * head_dim + 4 * heads
     mlp = 2 * (2 * inner + inner)  # gate and up, and their product
@@ -269,7 +268,6 @@ def packed_hidden(
     Returns:
         (N, D) in the model's dtype, differentiable with respect to the weights that require gradients.
     """
-
     cos, sin = llama.rotary(model, layout.positions)
     kv_heads = model.config.num_key_value_heads
 

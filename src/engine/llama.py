@@ -38,10 +38,9 @@ def is_supported(model: PreTrainedModel) -> bool:
 
 def has_kernels_for(model: PreTrainedModel) -> bool:
     """Whether this module could run a model on a CPU, wherever it is now."""
-    config = model.config
     if not architecture.is_llama_like(model):
         return False
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = architecture.head_dim(model.config)
     if head_dim not in kernels.HEAD_SIZES or model.dtype not in (torch.float32, torch.bfloat16):
         return False
     # With an adapter, whose sum with rounded weights would mostly be rounded away, the layers are not plain.

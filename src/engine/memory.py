@@ -63,7 +63,6 @@ def measure(skeleton: PreTrainedModel, device: str) -> ModelSize:
         device: cpu, cuda or mps.
     """
     config = skeleton.config
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     on_gpu = device == "cuda" and skeleton.dtype == torch.bfloat16 and architecture.is_llama_like(skeleton)
     activation = cuda_llama.activation_bytes(config) if on_gpu else kept_by_transformers(skeleton)
@@ -75,7 +74,11 @@ def measure(skeleton: PreTrainedModel, device: str) -> ModelSize:
         # Each layer keeps its input: the stream in float32 and, in cuda_llama, what will be added to it.
         checkpointed=activation / config.num_hidden_layers
         + (6.0 if on_gpu else 4.0) * config.hidden_size * config.num_hidden_layers,
-        cache=2.0 * config.num_hidden_layers * heads * head * skeleton.dtype.itemsize,
+        cache=2.0
+        * config.num_hidden_layers
+        * heads
+        * architecture.head_dim(config)
+        * skeleton.dtype.itemsize,
         vocabulary=config.vocab_size,
         flat=on_gpu or (device == "cpu" and llama.has_kernels_for(skeleton)),
     )
