@@ -29,12 +29,12 @@ typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t uints __attribute__((vector_size(4 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 
-inline floats load(const float* from) {
+[[maybe_unused]] inline floats load(const float* from) {
     floats x;
     std::memcpy(&x, from, sizeof x);
     return x;
 }
-inline floats load(const bfloat16* from) {
+[[maybe_unused]] inline floats load(const bfloat16* from) {
     halves bits;
     std::memcpy(&bits, from, sizeof bits);
     return (floats)(__builtin_convertvector(bits, uints) << 16);

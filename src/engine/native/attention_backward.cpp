@@ -5,7 +5,7 @@
 
 extern "C" {
 
-void copy_or_clear(T* to, const T* from, int64_t head_dim) {
+static void copy_or_clear(T* to, const T* from, int64_t head_dim) {
     if (from)
         std::memcpy(to, from, head_dim * sizeof(T));
     else

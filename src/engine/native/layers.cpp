@@ -110,7 +110,7 @@ void swiglu_backward(const T* d_out, const T* gate_up, T* d_gate_up, T* out, int
 // row i of cos and sin (n, head_dim). If `backward` is set, x holds gradients and the inverse rotation is
 // applied.
 void rotate(T* x, const float* cos, const float* sin, int64_t n, int64_t rotated, int64_t heads,
-            int64_t head_dim, int backward) {
+            int64_t head_dim, int64_t backward) {
 #pragma omp parallel
     {
         std::vector<float> inverse(head_dim);  // the sine of the inverse rotation
