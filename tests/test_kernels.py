@@ -1,6 +1,8 @@
 """The compiled kernels against PyTorch, and their purpose: training recomputes the sampled log-probs."""
 
 import copy
+import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import Qwen2Config
 
-from src.engine import kernels
+from src.engine import kernels, native_library
 from src.engine.linear import PackedWeight, make_head
 from src.engine.master_weights import MasterWeights
 from tests.conftest import all_log_probs, make_policy
@@ -173,3 +175,21 @@ def test_there_are_no_kernels_if_the_compiler_fails(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", str(tmp_path / "c++"))
     monkeypatch.setenv("HF_ASSETS_CACHE", str(tmp_path))
     assert kernels.libraries.__wrapped__() is None
+
+
+def test_a_library_belongs_to_one_processor(monkeypatch, tmp_path):
+    """It may use instructions that others lack, and machines may share a home folder."""
+    graviton = (
+        "processor: 0\nBogoMIPS: 2100.00\nFeatures: fp asimd sve\nCPU implementer: 0x41\nCPU part: 0xd40\n"
+    )
+    monkeypatch.setattr(native_library, "CPUINFO", tmp_path / "cpuinfo")
+    found = []
+    for text in (graviton, graviton.replace("0xd40", "0xd4f"), graviton.replace("0x41", "0x46")):
+        (tmp_path / "cpuinfo").write_text(text)
+        found.append(native_library._processor())
+    assert len(set(found)) == 3
+    (tmp_path / "cpuinfo").write_text(graviton.replace("2100.00", "2000.00"))
+    assert native_library._processor() == found[0]
+    monkeypatch.setattr("platform.system", lambda: "Darwin")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(stdout="Apple M1\n"))
+    assert native_library._processor() == "Apple M1\n"

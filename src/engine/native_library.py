@@ -19,6 +19,7 @@ from huggingface_hub import cached_assets_path
 
 from src.console import say
 
+CPUINFO = Path("/proc/cpuinfo")
 SOURCES = Path(__file__).parent / "native"
 OPTIONS = [
     "-O3",
@@ -80,10 +81,14 @@ def _find_compiler() -> str | None:
 def _processor() -> str:
     """The processor's model and features, as far as the system reports them."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
+        if platform.system() == "Darwin":  # platform.processor() is "arm" for all of Apple's processors
+            command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+            return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout
+        lines = CPUINFO.read_text().splitlines()
+    except (OSError, subprocess.SubprocessError):
         return platform.processor()
-    fields = ("model name", "flags", "Features", "CPU part")
+    # On x86, then on ARM, where each maker numbers its own parts.
+    fields = ("model name", "flags", "Features", "CPU implementer", "CPU part")
     return "\n".join(sorted({line for line in lines if line.startswith(fields)}))
 
 
