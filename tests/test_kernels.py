@@ -1,6 +1,7 @@
 """The compiled kernels against PyTorch, and their purpose: training recomputes the sampled log-probs."""
 
 import copy
+import shutil
 import subprocess
 from types import SimpleNamespace
 
@@ -175,6 +176,78 @@ def test_there_are_no_kernels_if_the_compiler_fails(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", str(tmp_path / "c++"))
     monkeypatch.setenv("HF_ASSETS_CACHE", str(tmp_path))
     assert kernels.libraries.__wrapped__() is None
+
+
+def write_compiler(path, script: str) -> str:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def compiler_without(path, *rejected: str) -> str:
+    """A compiler that fails if it gets one of these options."""
+    patterns = "|".join(rejected)
+    return write_compiler(path, f'for o; do case $o in {patterns}) exit 1; esac; done; exec c++ "$@"')
+
+
+needs_compiler = pytest.mark.skipif(not shutil.which("c++"), reason="needs c++")
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("rejected", "missing", "chosen"),
+    [
+        (["-fopenmp"], ["-fopenmp"], ["-fopenmp-simd"]),
+        (["-fopenmp*"], ["-fopenmp", "-fopenmp-simd"], []),
+        (["-march=*", "-mprefer*", "--param*"], ["-march=native"], ["-fopenmp"]),
+    ],
+)
+def test_a_compiler_gets_only_options_that_it_accepts(rejected, missing, chosen, tmp_path):
+    options = native_library.choose_options(compiler_without(tmp_path / "compiler", *rejected), tmp_path)
+    assert not {*missing} & {*options}
+    assert {*native_library.OPTIONS, *chosen} <= {*options}
+
+
+@pytest.mark.parametrize("has_runtime", [True, False])
+def test_options_for_a_mac(has_runtime, monkeypatch, tmp_path):
+    """Simulated: this compiler accepts everything, and libraries load unless they lack a runtime."""
+    commands = tmp_path / "commands"
+    compiler = write_compiler(tmp_path / "compiler", f'echo "$@" >> {commands}')
+
+    def load(library):
+        if "-Xclang -fopenmp" in commands.read_text().splitlines()[-1] and not has_runtime:
+            raise OSError("symbol not found in flat namespace '___kmpc_fork_call'")
+
+    monkeypatch.setattr(native_library, "_load", load)
+    monkeypatch.setattr("platform.machine", lambda: "arm64")
+    monkeypatch.setattr("platform.system", lambda: "Darwin")
+    options = native_library.choose_options(compiler, tmp_path)
+    assert "-mcpu=native" in options
+    assert not {"-march=native", "-mprefer-vector-width=512"} & {*options}
+    assert ("-Xclang" in options) == has_runtime
+    assert ("-fopenmp-simd" in options) != has_runtime
+
+
+@needs_compiler
+@DTYPES
+def test_kernels_work_without_openmp(dtype, monkeypatch, tmp_path, capsys):
+    sources = tmp_path / "sources"
+    sources.mkdir()
+    for name in ("layers.cpp", "numbers.h"):  # the only file that calls OpenMP's functions
+        shutil.copy(native_library.SOURCES / name, sources)
+    monkeypatch.setattr(native_library, "SOURCES", sources)
+    monkeypatch.setattr(native_library, "cached_assets_path", lambda *names: tmp_path)
+    monkeypatch.setenv("CXX", compiler_without(tmp_path / "compiler", "-fopenmp"))
+    torch.manual_seed(0)
+    x, weight, d_y = torch.randn(7, 33), torch.randn(33).to(dtype), torch.randn(7, 33).to(dtype)
+    scale = kernels.add_norm(x, None, weight, 1e-5)[2]
+    expected = kernels.norm_backward(d_y, x, None, scale, weight, torch.ones_like(x))
+    compiled = native_library.libraries.__wrapped__()
+    assert "only one thread" in capsys.readouterr().out
+    monkeypatch.setattr(native_library, "libraries", lambda: compiled)
+    torch.testing.assert_close(
+        kernels.norm_backward(d_y, x, None, scale, weight, torch.ones_like(x)), expected
+    )
 
 
 def test_a_library_belongs_to_one_processor(monkeypatch, tmp_path):

@@ -17,7 +17,7 @@ HEAD_SIZES = (16, 32, 64, 96, 128)  # the head dimensions that attention.cpp is 
 LANES = 16  # columns in a block of keys, as in attention.cpp
 ABSENT = (
     "no C++ compiler on this machine, so training on the CPU takes about twice as long; install one "
-    "(Debian, Ubuntu: apt-get install g++)"
+    "(Debian, Ubuntu: apt-get install g++; macOS: xcode-select --install)"
 )
 
 

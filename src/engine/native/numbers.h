@@ -3,14 +3,21 @@
 // is rounded to T once.
 #pragma once
 
-#include <omp.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
 #include <vector>
+
+// Apple's compiler supports OpenMP but has no omp.h. Without OpenMP, there is only one thread.
+#ifdef _OPENMP
+extern "C" int omp_get_max_threads();
+extern "C" int omp_get_thread_num();
+#else
+inline int omp_get_max_threads() { return 1; }
+inline int omp_get_thread_num() { return 0; }
+#endif
 
 struct bfloat16 {
     uint16_t bits;
@@ -24,7 +31,6 @@ inline float as_float(uint32_t bits) {
 
 inline float wide(float x) { return x; }
 inline float wide(bfloat16 x) { return as_float(uint32_t(x.bits) << 16); }
-
 
 #ifdef BFLOAT16
 using T = bfloat16;
