@@ -235,7 +235,7 @@ def load_trainable(
     loaded = fingerprint(policy)
     computes = f"computes in {str(dtype).removeprefix('torch.')} on {device.type}"
     say(f"policy: {policy.num_parameters() / 1e6:.1f} million weights, trained in float32, {computes}")
-    if device.type == "cpu" and kernels.libraries() is None:
+    if device.type == "cpu" and not kernels.are_compiled():
         say(kernels.ABSENT)
     adapter = add_lora(policy, lora_rank) if lora_rank else None
     if adapter:

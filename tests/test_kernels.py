@@ -23,11 +23,14 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 needs_matrix_units = pytest.mark.skipif(
     not kernels.matrix_units(), reason="this processor has no bfloat16 matrix units (AMX)"
 )
+PACKED_DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_matrix_units)]
+)
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@needs_matrix_units
-def test_training_recomputes_the_sampled_log_probs(bias):
+@PACKED_DTYPES
+def test_training_recomputes_the_sampled_log_probs(bias, dtype):
     """Batches of any shape give the same bits.
 
     The rows of a product do not depend on each other, and the same code computes all attention.
@@ -36,7 +39,7 @@ def test_training_recomputes_the_sampled_log_probs(bias):
         hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, vocab_size=320
     )
     model = build(Qwen2Config(**SMALL | wide)) if bias else make_policy(**wide)
-    MasterWeights(model, torch.bfloat16)
+    MasterWeights(model, dtype)
     prompts = [list(range(3, 3 + n)) for n in (5, 21, 40)]
     samples = run(model, prompts=prompts, group_size=5, max_length=100, temperature=0.8)
     for size in (1, 7, 15):
@@ -44,19 +47,34 @@ def test_training_recomputes_the_sampled_log_probs(bias):
         torch.testing.assert_close(found, samples.log_probs, atol=1e-5, rtol=0)
 
 
-@needs_matrix_units
-@pytest.mark.parametrize("rows", [1, 31, 32, 33, 300])
-def test_products_on_the_matrix_units_equal_float32_products(rows):
+@PACKED_DTYPES
+@pytest.mark.parametrize("rows", [1, 5, 6, 7, 31, 32, 33, 300])
+@pytest.mark.parametrize("depth", [32, 96, 672])  # the last is more than float_products.cpp reads at once
+def test_packed_products_equal_exact_products(rows, depth, dtype):
     torch.manual_seed(rows)
-    x, weight, bias = (
-        torch.randn(rows, 96).bfloat16(),
-        torch.randn(64, 96).bfloat16(),
-        torch.randn(64).bfloat16(),
-    )
-    packed, plain = PackedWeight(weight, bias), F.linear(x.float(), weight.float(), bias.float())
-    torch.testing.assert_close(packed(x, torch.float32), plain, atol=1e-4, rtol=1e-5)
-    assert torch.equal(packed(x), packed(x, torch.float32).bfloat16())
+    x, weight, bias = (torch.randn(*size).to(dtype) for size in ((rows, depth), (64, depth), (64,)))
+    packed, exact = PackedWeight(weight, bias), F.linear(x.double(), weight.double(), bias.double())
+    torch.testing.assert_close(packed(x, torch.float32).double(), exact, atol=2e-4, rtol=1e-5)
+    assert torch.equal(packed(x), packed(x, torch.float32).to(dtype))
     assert torch.equal(packed(x)[-1:], packed(x[-1:].contiguous()))  # whatever the other rows are
+
+
+def test_a_float32_weight_may_be_transposed():
+    torch.manual_seed(0)
+    x, weight = torch.randn(9, 50), torch.randn(50, 96)
+    assert PackedWeight.supports(weight.T) and not PackedWeight.supports(weight)
+    torch.testing.assert_close(PackedWeight(weight.T, None)(x), x @ weight, atol=1e-5, rtol=1e-5)
+
+
+def test_packed_products_give_the_same_bits_with_any_number_of_threads():
+    torch.manual_seed(0)
+    x, packed = torch.randn(700, 96), PackedWeight(torch.randn(320, 96), None)
+    results, before = [], torch.get_num_threads()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(packed(x))
+    torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
 def test_logits_are_float32_without_matrix_units_too(monkeypatch):

@@ -52,8 +52,8 @@ class _Layer(NamedTuple):
 class LlamaDecoder:
     """A decoder for Llama-like models on a CPU, with compiled kernels and weights laid out for many steps.
 
-    It reads the weights when it is created, so create a new decoder after they change. If the weights are
-    bfloat16, it holds a copy of them. Its logits equal those of the general forward pass up to rounding
+    It reads the weights when it is created, so create a new decoder after they change. It holds a
+    copy of them. Its logits equal those of the general forward pass up to rounding
     (tests/test_decoder.py). It rounds at the same points as `llama.packed_hidden`, so training computes the
     same log-probs that the tokens were sampled from.
 
@@ -142,16 +142,14 @@ class LlamaDecoder:
 def _linear(rows: int, *parts: nn.Linear) -> Linear:
     """Combine linear layers with the same input into one function, with their outputs side by side.
 
-    Weights in bfloat16 are joined and laid out once: for the matrix units if the machine has them, and
-    otherwise for oneDNN's kernel, with the operation that torch.compile's CPU backend also uses. Ordinary
+    The weights are joined and laid out once, by `PackedWeight` if it can. Otherwise, bfloat16 weights are
+    laid out for oneDNN's kernel, with the operation that torch.compile's CPU backend also uses. Ordinary
     bfloat16 products lay out the weights again in every call, which takes 1.5 times as long for 1 to 64 rows.
-    In float32, nothing would be gained, so the model's own weights are used.
     """
-    if parts[0].weight.dtype == torch.float32:
-        return parts[0] if len(parts) == 1 else lambda x: torch.cat([p(x) for p in parts], dim=-1)
     weight = cat_weights(*(p.weight.detach() for p in parts))
     bias = cat_biases(*(p.bias for p in parts))
-    if PackedWeight.supports(weight) or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    onednn = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if PackedWeight.supports(weight) or not onednn:
         return make_linear(weight, bias)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")

@@ -14,11 +14,16 @@ import torch
 from src.engine.native_library import call, libraries
 
 HEAD_SIZES = (16, 32, 64, 96, 128)  # the head dimensions that attention.cpp is compiled for
-LANES = 16  # columns in a block of keys, as in attention.cpp
+LANES = 16  # columns in a block of keys, as in vectors.h
 ABSENT = (
     "no C++ compiler on this machine, so training on the CPU takes about twice as long; install one "
     "(Debian, Ubuntu: apt-get install g++; macOS: xcode-select --install)"
 )
+
+
+def are_compiled() -> bool:
+    """Whether the kernels can be used; compiles them if necessary."""
+    return libraries() is not None
 
 
 @functools.lru_cache

@@ -12,41 +12,57 @@ Linear = Callable[[torch.Tensor], torch.Tensor]  # a layer (n, in) -> (n, out)
 
 
 class PackedWeight:
-    """A linear layer whose weight is laid out once for the matrix units (AMX) of x86 processors.
+    """A linear layer whose weight is laid out once in the order in which a product reads it.
+
+    In bfloat16, it runs on the matrix units (AMX) of x86 processors; in float32, on any processor. PyTorch
+    lays out a weight again in every product, which is slow for few rows: with AVX2, 4 rows take twice as long
+    as here, and 64 rows take 1.2 times as long (benchmarks/NOTES.md).
 
     Args:
-        weight: (out, in) bfloat16. Both sizes are multiples of 32.
+        weight: (out, in), and `supports(weight)` is true.
         bias: (out,), or None.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
         self.columns, self.depth = weight.shape
         self.bias = map_bias(torch.Tensor.float, bias)
-        self.packed = torch.empty_like(weight)
-        call("pack_weight", weight.dtype, weight, self.packed, self.columns, self.depth)
+        self.packed = torch.empty(weight.shape, dtype=weight.dtype)
+        transposed = not weight.is_contiguous()
+        stored = weight.T if transposed else weight
+        layout = (int(transposed),) if weight.dtype == torch.float32 else ()
+        call("pack_weight", weight.dtype, stored, self.packed, self.columns, self.depth, *layout)
 
     @staticmethod
     def supports(weight: torch.Tensor) -> bool:
-        divisible = all(size % 32 == 0 for size in weight.shape)
-        return weight.dtype == torch.bfloat16 and divisible and kernels.matrix_units()
+        """Whether a weight (out, in) can be packed: its dtype, sizes, and layout fit the kernels."""
+        if weight.device.type != "cpu":
+            return False
+        if len(weight) % 32:
+            return False
+        if weight.dtype == torch.bfloat16:
+            return weight.shape[1] % 32 == 0 and weight.is_contiguous() and kernels.matrix_units()
+        dense = weight.is_contiguous() or weight.T.is_contiguous()
+        return weight.dtype == torch.float32 and dense and kernels.are_compiled()
 
-    def __call__(self, x: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Apply the layer, with sums in float32.
 
         A row's result is bit-identical whatever the other rows contain, which PyTorch's products do not
         guarantee.
 
         Args:
-            x: (n, in) bfloat16.
-            dtype: The result's dtype: float32, or bfloat16 for a rounded result.
+            x: (n, in), in the weight's dtype.
+            dtype: The result's dtype: that of x, or float32 for a result that is not rounded.
 
         Returns:
             (n, out).
         """
-        out = torch.empty(len(x), self.columns, dtype=dtype)
-        wide, rounded = (out, None) if dtype == torch.float32 else (None, out)
+        out = torch.empty(len(x), self.columns, dtype=dtype or x.dtype)
+        targets: tuple[torch.Tensor | None, ...] = (out,)
+        if x.dtype == torch.bfloat16:
+            targets = (out, None) if out.dtype == torch.float32 else (None, out)
         sizes = (len(x), self.columns, self.depth)
-        call("multiply_packed", x.dtype, x, self.packed, self.bias, wide, rounded, *sizes)
+        call("multiply_packed", x.dtype, x, self.packed, self.bias, *targets, *sizes)
         return out
 
 
@@ -77,7 +93,7 @@ def cat_biases(*biases: torch.Tensor | None) -> torch.Tensor | None:
 def make_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
     """A linear layer (n, in) -> (n, out).
 
-    On a machine with matrix units, it computes exactly the same products as a decode step.
+    If its weight can be packed, it computes exactly the same products as a decode step.
     """
     if PackedWeight.supports(weight):
         return PackedWeight(weight, bias)
@@ -104,11 +120,11 @@ def make_head(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
             return logits if bias is None else logits + bias
 
         return on_gpu
-    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
-        return lambda hidden: F.linear(hidden, weight, bias).float()
     if PackedWeight.supports(weight):
         packed = PackedWeight(weight, bias)
         return lambda hidden: packed(hidden, torch.float32)
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
+        return lambda hidden: F.linear(hidden, weight, bias).float()
     wide, wide_bias = weight.float(), map_bias(torch.Tensor.float, bias)
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # torch swaps this module for an object
 

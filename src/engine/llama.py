@@ -44,7 +44,7 @@ def has_kernels_for(model: PreTrainedModel) -> bool:
     if head_dim not in kernels.HEAD_SIZES or model.dtype not in (torch.float32, torch.bfloat16):
         return False
     # With an adapter, whose sum with rounded weights would mostly be rounded away, the layers are not plain.
-    return kernels.libraries() is not None and architecture.has_plain_layers(model)
+    return kernels.are_compiled() and architecture.has_plain_layers(model)
 
 
 @dataclass
@@ -333,21 +333,22 @@ def _layer_backward(
         The new d_x in the model's dtype, and the gradients of the weights.
     """
     # Forward: delta = down(swiglu(gate_up(y))), with y = norm(x + attention).
-    d_gate_up, gated = kernels.swiglu_backward(d_delta @ weights.down, saved.gate_up)
+    d_gate_up, gated = kernels.swiglu_backward(make_linear(weights.down.T)(d_delta), saved.gate_up)
     d_down = d_delta.T @ gated
     # Recomputing this adds one matrix product for every 60. Keeping it would take a sixth of the memory.
     attention = make_linear(weights.out)(saved.attended)
-    d_y = d_gate_up @ cat_weights(*weights.gate_up)
+    d_y = make_linear(cat_weights(*weights.gate_up).T)(d_gate_up)
     d_delta, y, d_mlp_norm = kernels.norm_backward(
         d_y, saved.x, attention, saved.mlp_scale, weights.mlp_norm, d_x
     )
     d_gate_up_weights = (d_gate_up.T @ y).chunk(2)
     # Forward: attention = out(attend(qkv(y))), with y = norm(x).
     d_out = d_delta.T @ saved.attended
-    d_qkv = kernels.attend_backward(shared.blocks, d_delta @ weights.out, saved.qkv, shared.heads)
+    d_attended = make_linear(weights.out.T)(d_delta)
+    d_qkv = kernels.attend_backward(shared.blocks, d_attended, saved.qkv, shared.heads)
     kernels.rotate_(d_qkv, shared.heads + shared.kv_heads, shared.cos, shared.sin, backward=True)
     d_qkv = d_qkv.flatten(1)
-    d_y = d_qkv @ cat_weights(*weights.qkv)
+    d_y = make_linear(cat_weights(*weights.qkv).T)(d_qkv)
     d_delta, y, d_norm = kernels.norm_backward(d_y, saved.x, None, saved.scale, weights.norm, d_x)
     sizes = [len(w) for w in weights.qkv]
     d_qkv_weights = (d_qkv.T @ y).split(sizes)

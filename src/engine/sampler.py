@@ -173,7 +173,7 @@ def _pick(
         token = logits.argmax(dim=-1, keepdim=True)  # (n, 1)
         return token[:, 0], logits.float().log_softmax(dim=-1).gather(1, token)[:, 0]
     on_cpu = logits.device.type == "cpu" and logits.dtype == torch.float32
-    if top_p == 1.0 and on_cpu and kernels.libraries() is not None:
+    if top_p == 1.0 and on_cpu and kernels.are_compiled():
         return kernels.choose(logits, temperature, uniform)
     if top_p == 1.0 and logits.device.type == "cuda":
         return choose(logits, uniform, temperature)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from src.engine import kernels
-from src.engine.linear import make_head, map_bias
+from src.engine.linear import make_head, make_linear, map_bias
 
 VOCABULARY_BLOCK = 1024  # logits per token at a time on a CPU, so that 2,000 tokens fit in its cache
 
@@ -65,7 +65,7 @@ class TokenLogProbs(torch.autograd.Function):
         temperature: float,
     ) -> torch.Tensor:
         """hidden (N, D), weight (V, D), bias (V,) or None, targets (N,) -> log-probs (N,) float32."""
-        compiled = hidden.device.type == "cpu" and kernels.libraries() is not None
+        compiled = hidden.device.type == "cpu" and kernels.are_compiled()
         log_sum_exp = (kernels.CompiledLogSumExp if compiled else LogSumExp)(targets, temperature)
         for block in _vocabulary_blocks(weight, bias):
             log_sum_exp.add(make_head(block.weight, block.bias)(hidden), block.entries.start)
@@ -93,7 +93,7 @@ class TokenLogProbs(torch.autograd.Function):
             else:
                 logits = logits.float().div_(ctx.temperature).sub_(log_sum_exp[:, None])  # now log-probs
                 d_logits = logits.exp_().mul_(-d_target).to(dtype)
-            d_hidden += d_logits @ block.weight
+            d_hidden += make_linear(block.weight.T)(d_logits)
             if d_weight is not None:
                 torch.mm(d_logits.T, hidden, out=d_weight[block.entries])
             if d_bias is not None:

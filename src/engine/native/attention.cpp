@@ -4,6 +4,10 @@
 #include <type_traits>
 
 #include "block.h"
+#include "vectors.h"
+
+// Keys are stored in blocks of LANES columns, as (head_dim, LANES), so one vector of float32 holds the same
+// entry of LANES keys.
 
 // Keys and values of one layer, with a slot for each sequence. Its Python counterpart is kernels.NativeCache.
 struct Cache {
@@ -20,27 +24,6 @@ struct Cache {
 
 namespace {
 
-// Columns in a block of keys. A block is stored as (head_dim, LANES), so one vector of float32 holds the same
-// entry of LANES keys.
-constexpr int64_t LANES = 16;
-
-// Vectors of LANES numbers, whatever the size of the machine's vectors.
-typedef float floats __attribute__((vector_size(4 * LANES)));
-typedef uint32_t uints __attribute__((vector_size(4 * LANES)));
-typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
-
-[[maybe_unused]] inline floats load(const float* from) {
-    floats x;
-    std::memcpy(&x, from, sizeof x);
-    return x;
-}
-[[maybe_unused]] inline floats load(const bfloat16* from) {
-    halves bits;
-    std::memcpy(&bits, from, sizeof bits);
-    return (floats)(__builtin_convertvector(bits, uints) << 16);
-}
-inline void store(float* to, floats x) { std::memcpy(to, &x, sizeof x); }
-
 // Prefetch memory that will be read soon. The keys and values of a batch do not fit in the processor's cache,
 // and they lie in pieces that are too short for the hardware prefetcher.
 inline void prefetch(const void* from, int64_t bytes) {
@@ -52,12 +35,12 @@ inline void prefetch(const void* from, int64_t bytes) {
 template <int Q, int E>
 void score_keys(const float* queries, const T* keys, int64_t columns, float* scores, int64_t width) {
     for (int64_t c = 0; c < columns; c += LANES) {
-        floats even[Q] = {}, odd[Q] = {};  // two independent sums; a single one would wait for each addition
+        Vector even[Q] = {}, odd[Q] = {};  // two independent sums; a single one would wait for each addition
         for (int j = 0; j < E; j += 2) {
-            const floats k = load(keys + c * E + j * LANES), next = load(keys + c * E + (j + 1) * LANES);
+            const Vector k = load(keys + c * E + j * LANES), next = load(keys + c * E + (j + 1) * LANES);
             for (int q = 0; q < Q; ++q) {
-                even[q] += queries[q * E + j] * k;
-                odd[q] += queries[q * E + j + 1] * next;
+                add_product(even[q], queries[q * E + j], k);
+                add_product(odd[q], queries[q * E + j + 1], next);
             }
         }
         // In the last block, this may write beyond `columns`, but nothing is read there.
@@ -65,17 +48,24 @@ void score_keys(const float* queries, const T* keys, int64_t columns, float* sco
     }
 }
 
-// Add values (columns, E), each multiplied by its probability, to sums (Q, E).
+// Add values (columns, E), each multiplied by its probability, to sums (Q, E). It adds as many entries at a
+// time as its registers can hold the sums of.
 template <int Q, int E>
 void add_values(const float* probs, int64_t width, const T* values, int64_t columns, float* sums) {
-    floats total[Q][E / LANES];
-    std::memcpy(total, sums, sizeof total);
-    for (int64_t c = 0; c < columns; ++c)
-        for (int j = 0; j < E / LANES; ++j) {
-            const floats v = load(values + c * E + j * LANES);
-            for (int q = 0; q < Q; ++q) total[q][j] += probs[q * width + c] * v;
-        }
-    std::memcpy(sums, total, sizeof total);
+    constexpr int VECTORS = E / LANES, FIT = REGISTERS * 3 / 4 / (Q * PARTS);
+    constexpr int AT_ONCE = FIT >= VECTORS ? VECTORS : FIT >= 2 && VECTORS % 2 == 0 ? 2 : 1;
+    for (int first = 0; first < VECTORS; first += AT_ONCE) {
+        Vector total[Q][AT_ONCE];
+        for (int q = 0; q < Q; ++q)
+            for (int j = 0; j < AT_ONCE; ++j) total[q][j] = load(sums + q * E + (first + j) * LANES);
+        for (int64_t c = 0; c < columns; ++c)
+            for (int j = 0; j < AT_ONCE; ++j) {
+                const Vector v = load(values + c * E + (first + j) * LANES);
+                for (int q = 0; q < Q; ++q) add_product(total[q][j], probs[q * width + c], v);
+            }
+        for (int q = 0; q < Q; ++q)
+            for (int j = 0; j < AT_ONCE; ++j) store(sums + q * E + (first + j) * LANES, total[q][j]);
+    }
 }
 
 // Write a key (E) to column c of keys that are stored in blocks.
