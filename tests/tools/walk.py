@@ -6,7 +6,7 @@
     python tests/tools/walk.py --only eval     only the setup and the commands that contain a word
 
 Commands are the lines of ```bash blocks, ```python blocks, and any text between backticks that starts with
-`python` or `bash`. A command that appears several times is run once. If a ```text block comes next, the
+`python`, `bash`, `torchrun` or `accelerate launch`, and goes on. A command that appears several times is run once. If a ```text block comes next, the
 commands before it must print its lines; numbers may differ, and "..." matches anything. The exit status is 1
 if a command fails or if such a line is missing.
 """
@@ -102,7 +102,7 @@ def commands() -> list[Command]:
     """All commands in reading order, each one once."""
     found: dict[str, Command] = {}
     block = r"^```(bash|python)\n(.*?)^```(?:(?:(?!^```).)*?^```text\n(.*?)^```)?"
-    inline = r"`((?:python|bash) [^`]+)`"
+    inline = r"`((?:python|bash|torchrun|accelerate launch) [^`]+)`"
     for document in DOCUMENTS:
         matches = re.findall(f"{block}|{inline}", (ROOT / document).read_text(), re.MULTILINE | re.DOTALL)
         for language, fenced, output, quoted in matches:
