@@ -3,7 +3,7 @@
 #
 #   bash setup.sh                                              install, and print what to run next
 #   bash setup.sh python train.py --model-name embedded        install, then train
-#   bash setup.sh python -m pytest                             install, then test
+#   bash setup.sh python -m pytest -n 2                        install, then test
 #
 # If nothing has changed since the last call, nothing is installed. PYTHON=/path/to/python3.12 chooses the
 # Python, from 3.10 to 3.14. From 3.13 on, verl (training on many machines) is left out. If uv is installed,
@@ -95,7 +95,7 @@ fi
 if (($# == 0)); then
     echo "Installed. Next:"
     echo "  bash setup.sh python train.py --model-name embedded    train the bundled model (no GPU, no hub)"
-    echo "  bash setup.sh python -m pytest                         run the tests"
+    echo "  bash setup.sh python -m pytest -n 2                    run the tests"
     echo "  bash setup.sh python test_setup.py                     check this machine"
     exit 0
 fi

@@ -345,7 +345,8 @@ def main(
                 )
         if adapter and log.writes:
             master.restore(policy)  # adapter and base in float32, so merging rounds only once
-            save_model(log.folder / "merged", adapter.merge_and_unload(), tokenizer)
+            with console.phase("save"):
+                save_model(log.folder / "merged", adapter.merge_and_unload(), tokenizer)
         if log.writes and not checkpoints.has(total_steps):
             raise TrainingError(
                 f"the last step is not saved; free some disk space and continue with --resume {log.folder}"
@@ -363,7 +364,8 @@ def main(
         accelerator.end_training()
     minutes = (time.perf_counter() - started) / 60
     if log.writes:
-        renew_report(log.folder)  # includes the last evaluation
+        with console.phase("report"):
+            renew_report(log.folder)  # includes the last evaluation
         console_lines.say_summary(log.folder)
     console_lines.say_done(progress, first_step, minutes, run_device, log.folder)
     return log.folder
@@ -373,6 +375,7 @@ def main(
 # Warmup and score
 
 
+@console.phase("warmup")
 def warmup(
     args: SimpleNamespace,
     policy: PreTrainedModel,
@@ -487,7 +490,7 @@ def update(
     for _ in range(settings.epochs_per_step):
         questions = torch.randperm(len(advantages) // group_size, generator=state.generators["order"])  # (Q,)
         order = (questions[:, None] * group_size + torch.arange(group_size)).flatten()  # (B,)
-        for batch in order.split(settings.train_batch_size):
+        for batch in console.counted(order.split(settings.train_batch_size)):
             mask = samples.action_mask[batch]  # (b, T-1)
             weights = torch.zeros_like(
                 samples.log_probs
@@ -538,7 +541,7 @@ def accumulate_gradients(
     """
     master.zero_grad()  # discards the gradients of an attempt that ran out of memory
     passes = []
-    for part in micro_batches(policy, samples, rows, size):
+    for part in console.counted(micro_batches(policy, samples, rows, size)):
         at, n = part.rows, part.width
         mask, old = samples.action_mask[at, :n], samples.log_probs[at, :n]  # (b, t-1)
         log_probs = completion_log_probs(policy, samples, part, settings.temperature)  # (b, t-1)
@@ -567,7 +570,7 @@ def reference_log_probs(
     def compute(size: int) -> torch.Tensor:
         log_probs = torch.zeros_like(samples.log_probs)  # (B, T-1)
         with reference.model() as model:
-            for part in micro_batches(model, samples, mine, 4 * size):
+            for part in console.counted(micro_batches(model, samples, mine, 4 * size)):
                 log_probs[part.rows, : part.width] = completion_log_probs(model, samples, part, temperature)
         return parallel.add_up(log_probs)
 

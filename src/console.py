@@ -1,4 +1,4 @@
-"""What a run prints: plain lines and, on a terminal, a bar below them with phase, speed and time left.
+"""What a run prints: plain lines and, on a terminal, a bar below them with phase, progress and time left.
 
 Text from models and data is printed as its repr, which escapes everything that is not printable, so control
 characters, ANSI codes and bidirectional marks never reach a terminal. There is only one standard output and
@@ -10,20 +10,24 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TimeElapsedColumn
 from rich.table import Column, Table
 from rich.text import Text
 
 PLAIN_WIDTH = 120  # columns of a table that is not printed on a terminal
-ROOM_FOR_BAR, ROOM_FOR_SPEED = 80, 60  # minimum terminal width for the bar, and for the speed
+# Minimum terminal widths for the bar, for the speed, and for how far a phase is.
+ROOM_FOR_BAR, ROOM_FOR_SPEED, ROOM_FOR_COUNTS = 110, 90, 60
+T = TypeVar("T")
 
 _quiet = False
 _bar: Progress | None = None
+_counts = ""  # how far the loops of the current phase are
 
 
 def configure(quiet: bool) -> None:
@@ -76,7 +80,6 @@ def start(total: int, unit: str, done: int = 0) -> None:
         unit: Name of what `advance` counts, such as "step".
         done: How many are already done.
     """
-    global _bar
     stop()
     if _quiet or not on_terminal():
         return
@@ -85,30 +88,77 @@ def start(total: int, unit: str, done: int = 0) -> None:
         SpinnerColumn("line"),
         _TextColumn(lambda task: f"{unit} {min(int(task.completed) + 1, total)}/{total}"),
         *([BarColumn(bar_width=20)] if console.width >= ROOM_FOR_BAR else []),
-        _TextColumn(lambda task: task.description),
+        *_phase_columns(console),
         *([_TextColumn(lambda task: task.fields["speed"])] if console.width >= ROOM_FOR_SPEED else []),
         _TextColumn(_time_left),
     ]
-    _bar = Progress(*columns, console=console, transient=True, refresh_per_second=4)
-    _bar.add_task("", total=total, completed=done, speed="", done_before=done)
-    _bar.start()
-    console.show_cursor(True)  # otherwise a killed run would leave the terminal without a cursor
+    _show(Progress(*columns, console=console, transient=True, refresh_per_second=4), total, done)
+
+
+def _phase_columns(console: Console) -> list[ProgressColumn]:
+    counts = [_TextColumn(lambda task: task.fields["counts"])] if console.width >= ROOM_FOR_COUNTS else []
+    return [_TextColumn(lambda task: task.description), *counts]
+
+
+def _show(bar: Progress, total: int | None, done: int) -> None:
+    global _bar
+    _bar = bar
+    bar.add_task("", total=total, completed=done, speed="", counts="", done_before=done)
+    bar.start()
+    bar.console.show_cursor(True)  # otherwise a killed run would leave the terminal without a cursor
 
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Show a phase on the bar while it lasts, then show the previous phase again."""
+    """Show a phase on the bar while it lasts, then show the previous phase again.
+
+    Outside of `start` and `stop`, the phase has a line of its own, with the time that it has taken.
+    """
+    global _counts
+    own = _bar is None and not _quiet and on_terminal()
+    if own:
+        console = Console(file=sys.stdout)
+        columns = (SpinnerColumn("line"), *_phase_columns(console), TimeElapsedColumn())
+        _show(Progress(*columns, console=console, transient=True, refresh_per_second=4), None, 0)
     before = _bar.tasks[0].description if _bar else ""
-    _describe(name)
+    counts_before = _counts
+    _describe(name, "")
     try:
         yield
     finally:
-        _describe(before)
+        _describe(before, counts_before)
+        if own:
+            stop()
 
 
-def _describe(name: str) -> None:
+def counted(items: Sequence[T]) -> Iterator[T]:
+    """Iterate over items, and show on the bar which one of how many it is."""
+    before = _counts
+    try:
+        for number, item in enumerate(items, start=1):
+            if len(items) > 1:
+                _count(f"{before} {number}/{len(items)}".strip())
+            yield item
+    finally:
+        _count(before)
+
+
+def detail(text: str) -> None:
+    """Show how far the current phase is, such as "12 left", after what `counted` shows."""
+    if _bar:
+        _bar.update(_bar.task_ids[0], counts=f"{_counts} {text}".strip())
+
+
+def _count(counts: str) -> None:
+    global _counts
+    _counts = counts
+    detail("")
+
+
+def _describe(name: str, counts: str) -> None:
     if _bar:
         _bar.update(_bar.task_ids[0], description=name)
+    _count(counts)
 
 
 def advance(n: int = 1, tokens_per_s: float | None = None) -> None:

@@ -67,7 +67,7 @@ def answer_questions(
     answers = Answers([], np.zeros(0, int), np.zeros(0, bool), {name: [] for name in METHODS}, {})
     right: dict[str, list[bool]] = {name: [] for name in METHODS}
     per_batch = max(1, batch_size // n)
-    for start in range(0, len(problems), per_batch):
+    for start in console.counted(range(0, len(problems), per_batch)):
         part = problems[start : start + per_batch]
         samples = sample(policy, [list(p.prompt_ids) for p in part], n, sampling, generator)
         completions = decode(tokenizer, samples)
@@ -220,8 +220,9 @@ def evaluate_only(
             sampled = f" and {args.eval_samples} times at temperature {args.temperature}"
             how = f"greedily{sampled if args.eval_samples else ''}"
             console.say(f"Evaluating {name}: {len(problems)} questions, {how}")
-            policy = models.load_policy(name, device, flag).requires_grad_(False)
-            MasterWeights(policy, dtype)  # rounds the weights as training does; nothing is trained
+            with console.phase("load the policy"):
+                policy = models.load_policy(name, device, flag).requires_grad_(False)
+                MasterWeights(policy, dtype)  # rounds the weights as training does; nothing is trained
             evaluations.append(evaluate_policy(args, name, policy, tokenizer, verifier, prompted))
             del policy  # before the next one loads
     finally:

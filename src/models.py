@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from src.console import say
+from src.console import phase, say
 from src.engine import architecture, kernels
 from src.errors import InputError, first_line
 from src.hub import base_of, is_adapter, resolve
@@ -218,6 +218,7 @@ def check_head(model: PreTrainedModel) -> None:
         )
 
 
+@phase("load the policy")
 def load_trainable(
     model_name: str, device: torch.device, dtype: torch.dtype, lora_rank: int
 ) -> tuple[PreTrainedModel, PeftModel | None, str]:

@@ -358,6 +358,7 @@ def scoring_bytes(skeleton: transformers.PreTrainedModel) -> float:
     return float(BATCH_TOKENS * (3 * inner + 4 * config.hidden_size) * skeleton.dtype.itemsize)
 
 
+@console.phase("load the reward model")
 def load_reward_model(choice: RewardModelChoice, reward_mode: str) -> AceRewardModel | None:
     """Load the chosen reward model; None if only the verifier decides. Prints which model it is and why.
 

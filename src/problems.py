@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from src.console import phase
 from src.errors import InputError
 from src.math_verifier import MathVerifier, ground_truth_of
 from src.models import conversation
@@ -141,6 +142,7 @@ def _load_hub_data(data: str, flag: str) -> list[dict]:
     return list(rows)
 
 
+@phase("check the answers")
 def check_answers(verifier: MathVerifier, problems: list[Problem]) -> None:
     """Reject problems whose answers no completion could ever equal.
 
@@ -155,6 +157,7 @@ def check_answers(verifier: MathVerifier, problems: list[Problem]) -> None:
             )
 
 
+@phase("render the prompts")
 def with_prompts(
     problems: list[Problem], tokenizer: PreTrainedTokenizerBase, system_prompt: str | None, max_length: int
 ) -> list[Problem]:

@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from src.console import warn
+from src.console import detail, warn
 from src.engine.memory import is_out_of_memory
 from src.errors import InputError
 from src.hub import EMBEDDED, resolve
@@ -140,6 +140,7 @@ class AceRewardModel:
         try:
             with self._on_device():
                 while texts:
+                    detail(f"{len(texts)} texts left")
                     fitting = self._fitting(texts)
                     batch, texts = texts[:fitting], texts[fitting:]
                     score_of |= zip(batch, self._scores(batch), strict=True)

@@ -12,6 +12,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from rich.progress import Progress
 
 import train
 from src import console, console_lines
@@ -137,3 +138,72 @@ def test_time_left_is_the_mean_time_of_this_runs_steps_times_the_steps_left(monk
     task = SimpleNamespace(completed=12, **resumed)
     assert console._time_left(task) == "0:13:20 left"  # 2 steps in 200 s, 8 left
     assert console._time_left(SimpleNamespace(completed=10, **resumed)) == ""
+
+
+def test_loops_show_how_far_they_are_and_nothing_afterwards(monkeypatch):
+    bar = Progress()
+    bar.add_task("", total=1, counts="")
+    monkeypatch.setattr(console, "_bar", bar)
+    shown = []
+
+    def note():
+        shown.append(f"{bar.tasks[0].description} {bar.tasks[0].fields['counts']}".strip())
+
+    with console.phase("update"):
+        for _ in console.counted("ab"):
+            note()
+            for _ in console.counted([1]):  # a single pass is not worth a number
+                note()
+            for _ in console.counted((1, 2, 3)):
+                console.detail("5 left, 7 tokens")
+                note()
+                with console.phase("reference"):
+                    note()
+                note()
+        note()
+        for _ in console.counted("cde"):
+            break  # as an exception would
+        note()
+    note()
+    inner = [
+        line
+        for i in (1, 2, 3)
+        for line in (f"update 1/2 {i}/3 5 left, 7 tokens", "reference", f"update 1/2 {i}/3")
+    ]
+    first = ["update 1/2", "update 1/2", *inner]
+    second = [line.replace("1/2", "2/2") for line in first]
+    assert shown == [*first, *second, "update", "update", ""]
+
+
+def test_without_a_bar_loops_only_loop():
+    assert list(console.counted(range(3))) == [0, 1, 2]
+    console.detail("nothing")
+    with console.phase("quietly"):
+        pass
+
+
+def test_a_phase_outside_of_the_bar_has_a_line_with_its_time():
+    program = (
+        "import time; from src import console\n"
+        "with console.phase('load'):\n"
+        "    for _ in console.counted(range(3)):\n"
+        "        time.sleep(0.5)\n"
+        "        print('a line')\n"
+    )
+    written = in_terminal(80, "-c", program)
+    lines = [" ".join(line.split()) for line in re.split(r"[\r\n]+", ESCAPES.sub("", written))]
+    assert any(re.fullmatch(r"\S load 1/3 0:00:00", line) for line in lines), lines
+    assert any(re.fullmatch(r"\S load 3/3 0:00:01", line) for line in lines)
+    assert lines.count("a line") == 3  # above the phase's line
+
+
+@pytest.mark.slow
+def test_every_long_phase_of_a_real_run_shows_how_far_it_is(tmp_path):
+    flags = ["--model-name", "embedded", "--max-steps", "1", "--max-new-tokens", "32", "--output", tmp_path]
+    written = in_terminal(120, "train.py", *map(str, flags), "--eval-data", "data/dummy_math_tasks.jsonl")
+    text = ESCAPES.sub("", written)
+    for shown in (
+        r"load the policy", r"warmup +\d+ left, \d+ tokens", r"evaluate +\d+ left, \d+ tokens",
+        r"rollout +\d+ left, \d+ tokens", r"reference +\d/\d", r"update +\d/8",
+    ):  # fmt: skip
+        assert re.search(shown, text), shown

@@ -41,7 +41,7 @@ BELOW = {
     "models": {"errors", "console", "engine", "hub"},
     "judge": {"answers", "hub", "models"},
     "reward_model": {"errors", "console", "engine", "hub", "models", "judge"},
-    "problems": {"errors", "math_verifier", "models"},
+    "problems": {"errors", "console", "math_verifier", "models"},
     "run": {"errors", "console", "parallel", "files", "hybrid_reward"},
     "hyperparameters": {"errors", "console", "run"},
     "metrics": {

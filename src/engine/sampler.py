@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from src import console
 from src.engine import kernels, llama, static_decoder
 from src.engine.decoder import Decoder, LlamaDecoder
 from src.engine.fused import fused
@@ -118,6 +119,7 @@ def sample(
         limits = limits.clamp(max=sampling.max_new_tokens)
     batch, steps = len(limits), int(limits.max())
     first, whole = part_of or (0, batch)
+    console.detail(f"reading {len(prompt_ids)} prompts")
     decoder = make_decoder(model, batch, int(prompt_lengths.max()) + steps)
     logits = decoder.prefill(prompt_ids, group_size, sampling.pad_id)  # (B, V)
     partial = _PartialCompletions(limits, sampling)
@@ -130,6 +132,7 @@ def sample(
         partial.append(step, token, log_prob)
         if (step + 1) % decoder.check_every == 0:
             unfinished = int(partial.unfinished.sum())
+            console.detail(f"{unfinished} left, {step + 1} tokens")
             if unfinished == 0:
                 break
             if decoder.can_drop_rows and unfinished < COMPACT_BELOW * len(partial.rows):

@@ -202,7 +202,8 @@ def open_run(
     log = _open_log(folder, False, None)
     checkpoints, progress = Checkpoints(log, state, args.keep_checkpoints), fresh
     if checkpoint:
-        progress = checkpoints.load(checkpoint)
+        with console.phase("load the checkpoint"):
+            progress = checkpoints.load(checkpoint)
         progress.adapt(fresh, other_problems)
         if progress.skipped_in_a_row >= args.max_skipped_updates:
             progress.skipped_in_a_row = 0  # the run had given up: reset the counter
