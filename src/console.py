@@ -114,14 +114,12 @@ def phase(name: str) -> Iterator[None]:
 
     Outside of `start` and `stop`, the phase has a line of its own, with the time that it has taken.
     """
-    global _counts
     own = _bar is None and not _quiet and on_terminal()
     if own:
         console = Console(file=sys.stdout)
         columns = (SpinnerColumn("line"), *_phase_columns(console), TimeElapsedColumn())
         _show(Progress(*columns, console=console, transient=True, refresh_per_second=4), None, 0)
-    before = _bar.tasks[0].description if _bar else ""
-    counts_before = _counts
+    before, counts_before = _bar.tasks[0].description if _bar else "", _counts
     _describe(name, "")
     try:
         yield

@@ -52,10 +52,9 @@ class _Layer(NamedTuple):
 class LlamaDecoder:
     """A decoder for Llama-like models on a CPU, with compiled kernels and weights laid out for many steps.
 
-    It reads the weights when it is created, so create a new decoder after they change. It holds a
-    copy of them. Its logits equal those of the general forward pass up to rounding
-    (tests/test_decoder.py). It rounds at the same points as `llama.packed_hidden`, so training computes the
-    same log-probs that the tokens were sampled from.
+    It copies the weights when it is created, so create a new decoder after they change. Its logits equal
+    those of the general forward pass up to rounding (tests/test_decoder.py). It rounds at the same points as
+    `llama.packed_hidden`, so training computes the same log-probs that the tokens were sampled from.
 
     Args:
         model: A model for which `llama.is_supported` is true.
