@@ -92,7 +92,7 @@ def start(total: int, unit: str, done: int = 0) -> None:
         *([_TextColumn(lambda task: task.fields["speed"])] if console.width >= ROOM_FOR_SPEED else []),
         _TextColumn(_time_left),
     ]
-    _show(Progress(*columns, console=console, transient=True, refresh_per_second=4), total, done)
+    _show(console, columns, total, done)
 
 
 def _phase_columns(console: Console) -> list[ProgressColumn]:
@@ -100,12 +100,12 @@ def _phase_columns(console: Console) -> list[ProgressColumn]:
     return [_TextColumn(lambda task: task.description), *counts]
 
 
-def _show(bar: Progress, total: int | None, done: int) -> None:
+def _show(console: Console, columns: list[ProgressColumn], total: int | None = None, done: int = 0) -> None:
     global _bar
-    _bar = bar
-    bar.add_task("", total=total, completed=done, speed="", counts="", done_before=done)
-    bar.start()
-    bar.console.show_cursor(True)  # otherwise a killed run would leave the terminal without a cursor
+    _bar = Progress(*columns, console=console, transient=True, refresh_per_second=4)
+    _bar.add_task("", total=total, completed=done, speed="", counts="", done_before=done)
+    _bar.start()
+    console.show_cursor(True)  # otherwise a killed run would leave the terminal without a cursor
 
 
 @contextmanager
@@ -117,8 +117,7 @@ def phase(name: str) -> Iterator[None]:
     own = _bar is None and not _quiet and on_terminal()
     if own:
         console = Console(file=sys.stdout)
-        columns = (SpinnerColumn("line"), *_phase_columns(console), TimeElapsedColumn())
-        _show(Progress(*columns, console=console, transient=True, refresh_per_second=4), None, 0)
+        _show(console, [SpinnerColumn("line"), *_phase_columns(console), TimeElapsedColumn()])
     before, counts_before = _bar.tasks[0].description if _bar else "", _counts
     _describe(name, "")
     try:

@@ -5,9 +5,9 @@
     python tests/tools/walk.py --everything    also run hours of benchmarks
     python tests/tools/walk.py --only eval     only the setup and the commands that contain a word
 
-Commands are the lines of ```bash blocks, ```python blocks, and any text between backticks that starts with
-`python`, `bash`, `torchrun` or `accelerate launch`, and goes on. A command that appears several times is run
-once. If a ```text block comes next, the commands before it must print its lines; numbers may differ, and
+Commands are the lines of ```bash blocks, ```python blocks, and any text between backticks that consists of
+`python`, `bash`, `torchrun` or `accelerate launch` and its arguments. A command that appears several times is
+run once. If a ```text block comes next, the commands before it must print its lines; numbers may differ, and
 "..." matches anything. The exit status is 1 if a command fails or if such a line is missing.
 """
 
