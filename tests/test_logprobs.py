@@ -233,8 +233,10 @@ def test_the_reference_is_frozen_and_independent_of_the_policy(policy):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("frozen_head", [True, False])
-def test_the_written_out_gradient_of_the_head_equals_autograd(monkeypatch, bias, frozen_head):
+@pytest.mark.parametrize("kept_blocks", [0, 2, 4])
+def test_the_written_out_gradient_of_the_head_equals_autograd(monkeypatch, bias, frozen_head, kept_blocks):
     monkeypatch.setattr(token_log_probs, "VOCABULARY_BLOCK", 3)
+    monkeypatch.setattr(token_log_probs, "KEPT_LOGITS", kept_blocks * 8 * 3 * 4)
     torch.manual_seed(0)
     head = torch.nn.Linear(6, 11, bias=bias).requires_grad_(not frozen_head)
     hidden, targets, upstream = torch.randn(8, 6, requires_grad=True), torch.randint(11, (8,)), torch.randn(8)
@@ -242,10 +244,26 @@ def test_the_written_out_gradient_of_the_head_equals_autograd(monkeypatch, bias,
     ours = token_log_probs.TokenLogProbs.apply(hidden, head.weight, head.bias, targets, 0.7)
     plain = (head(hidden) / 0.7).log_softmax(-1).gather(1, targets[:, None])[:, 0]
     torch.testing.assert_close(ours, plain)
-    for a, b in zip(
-        torch.autograd.grad(ours, inputs, upstream), torch.autograd.grad(plain, inputs, upstream), strict=True
-    ):
-        torch.testing.assert_close(a, b)
+    expected = torch.autograd.grad(plain, inputs, upstream)
+    for _ in range(2):  # the second time, no logits are left
+        gradients = torch.autograd.grad(ours, inputs, upstream, retain_graph=True)
+        for a, b in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_a_pass_keeps_as_many_logits_as_its_limit_allows_and_only_in_float32(monkeypatch):
+    monkeypatch.setattr(token_log_probs, "VOCABULARY_BLOCK", 32)
+    monkeypatch.setattr(token_log_probs, "KEPT_LOGITS", 2 * 8 * 32 * 4 + 1)
+    hidden, weight, targets = torch.randn(8, 32), torch.randn(100, 32), torch.randint(100, (8,))
+
+    def kept(dtype, trained):
+        x, w = (t.to(dtype).requires_grad_(trained) for t in (hidden, weight))
+        ctx = SimpleNamespace(needs_input_grad=(trained,) * 2, save_for_backward=lambda *tensors: None)
+        token_log_probs.TokenLogProbs.forward(ctx, x, w, None, targets, 1.0)
+        return list(ctx.kept)
+
+    assert kept(torch.float32, trained=True) == [0, 32]
+    assert kept(torch.float32, trained=False) == kept(torch.bfloat16, trained=True) == []
 
 
 @pytest.mark.parametrize("path", ["hand-written", "general"])

@@ -53,8 +53,8 @@ def kept_by_hand(model, rows: int, tokens: int) -> float:
     layout = Layout.of([tokens // 2] * rows, [[tokens // 2]] * rows)
     hidden = packed_hidden(model, torch.zeros(rows * tokens, dtype=torch.long), layout)
     shared = hidden.grad_fn.shared
-    tensors = [t for part in [*hidden.grad_fn.saved, (shared.cos, shared.sin)] for t in part]
-    blocks = [tensor.untyped_storage() for tensor in tensors]
+    parts = [*hidden.grad_fn.saved, (shared.cos, shared.sin)]
+    blocks = [t.untyped_storage() for part in parts for t in part if t is not None]
     return sum({block.data_ptr(): block.nbytes() for block in blocks}.values())
 
 
@@ -117,6 +117,11 @@ def test_the_plan_agrees_with_a_calculation_by_hand():
     assert plan.max_bytes() == pytest.approx(34.8e9 + 3.3e9 + 3200 * 8192 * 10 + kept)
     plan_on_cpu = replace(plan, device="cpu")  # the sampler keeps nothing on a CPU
     assert plan_on_cpu.max_bytes() == pytest.approx(34.9e9 + 3.3e9 + 3200 * vocabulary_block("cpu") * 10)
+    # A pass in float32 also keeps all logits, but no more than KEPT_LOGITS bytes of them.
+    for size, kept_logits in ((8, 3200 * 4 * 32_000), (16, 2**29)):
+        in_float32 = replace(plan_on_cpu, policy=replace(BIG, itemsize=4), micro_batch_size=size)
+        expected = size * 400 * vocabulary_block("cpu") * 12 + kept_logits
+        assert in_float32.parts()[1]["update"]["logits"] == pytest.approx(expected)
     short = replace(plan, completion_length=10, micro_batch_size=1)  # its gradients take more than the rest
     assert short.max_bytes() == pytest.approx(36.8e9 + 64 * 256 * 2e4)
     # 7 rows, each with a copy of the prompt, hold the 8 completions, with padding of at most 6 x 64 tokens.

@@ -18,7 +18,7 @@ from src.console import say, warn
 from src.engine import architecture, cuda_llama, llama, static_decoder
 from src.engine.logprobs import PASS_COST
 from src.engine.static_decoder import cache_columns
-from src.engine.token_log_probs import vocabulary_block
+from src.engine.token_log_probs import KEPT_LOGITS, vocabulary_block
 from src.errors import InputError
 
 T = TypeVar("T")
@@ -145,7 +145,10 @@ class Plan:
         cache = self.completions * p.cache * (cache_columns(columns) if on_gpu else columns)
         kept = {"kept cache": cache if on_gpu else 0.0}
         block = min(vocabulary_block(self.device), p.vocabulary)
-        logits = (8.0 + p.itemsize) * self.micro_batch_size * self.completion_length * block
+        sampled = self.micro_batch_size * self.completion_length
+        logits = (8.0 + p.itemsize) * sampled * block
+        if self.device == "cpu" and not separate:
+            logits += min(KEPT_LOGITS, 4.0 * sampled * p.vocabulary)
         activations = self.tokens() * (p.checkpointed if self.gradient_checkpointing else p.activation)
         # The sums of the gradients in float32. A pass's own gradients replace its activations.
         gradients = 4.0 * p.trained + max(0.0, self.pass_gradients() - logits - activations)
