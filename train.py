@@ -301,11 +301,8 @@ def main(
                 group["lr"] = logged["optim/lr"]
             with metrics.timed("update", logged):
                 with metrics.timed("reference", logged):
-                    ref_log_probs = None
-                    if reference:
-                        ref_log_probs = reference_log_probs(
-                            reference, samples, temperature, reference_batch
-                        )  # (B, T-1)
+                    given = (reference, samples, temperature, reference_batch)
+                    ref_log_probs = reference_log_probs(*given) if reference else None  # (B, T-1)
                 updates = update(
                     policy, state, samples, advantages, ref_log_probs, update_settings, micro_batch
                 )
@@ -401,9 +398,8 @@ def warmup(
     chosen = [problems[i % len(problems)] for i in range(args.warmup_samples)]
     samples = sample(policy, [list(problem.prompt_ids) for problem in chosen], 1, sampling, generator)
     completions, questions = decode(tokenizer, samples), [problem.question for problem in chosen]
-    verifier.verify_batch(
-        questions, completions, [problem.answer for problem in chosen]
-    )  # only for the verifier's counts, which are checked next; the verdicts are not used
+    # Judged only for the verifier's counts, which are checked next; the verdicts are not used.
+    verifier.verify_batch(questions, completions, [problem.answer for problem in chosen])
     console_lines.warn_if_unread(verifier.metrics(), completions, verifier.method)
     scores = reward_model.score_texts(questions, completions)
     scores = scores[scores.isfinite()]  # drops failed scores
@@ -492,13 +488,9 @@ def update(
         order = (questions[:, None] * group_size + torch.arange(group_size)).flatten()  # (B,)
         for batch in console.counted(order.split(settings.train_batch_size)):
             mask = samples.action_mask[batch]  # (b, T-1)
-            weights = torch.zeros_like(
-                samples.log_probs
-            )  # (B, T-1), weight of each token in this optimizer step's loss
+            weights = torch.zeros_like(samples.log_probs)  # (B, T-1), of each token in this step's loss
             weights[batch] = token_weights(mask, settings.loss_normalizer, settings.max_completion_length)
-            if (
-                ref_log_probs is None
-            ):  # leave out rows without a gradient; `weights` still counts their tokens
+            if ref_log_probs is None:  # leave out rows without a gradient; `weights` counts their tokens
                 batch = batch[(advantages[batch] != 0).cpu()]
             if len(batch) == 0:
                 continue
