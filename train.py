@@ -301,8 +301,8 @@ def main(
                 group["lr"] = logged["optim/lr"]
             with metrics.timed("update", logged):
                 with metrics.timed("reference", logged):
-                    given = (reference, samples, temperature, reference_batch)
-                    ref_log_probs = reference_log_probs(*given) if reference else None  # (B, T-1)
+                    given = (samples, temperature, reference_batch)
+                    ref_log_probs = reference_log_probs(reference, *given) if reference else None  # (B, T-1)
                 updates = update(
                     policy, state, samples, advantages, ref_log_probs, update_settings, micro_batch
                 )
