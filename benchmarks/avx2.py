@@ -4,9 +4,9 @@ For example, on a machine with AMX:
 
     python benchmarks/avx2.py python benchmarks/step.py --dtype float32
 
-PyTorch, MKL and oneDNN are told to use only AVX2, and so is the compiler of the kernels. Pass
-`--dtype float32` to the command, because PyTorch still finds the matrix units. Processors that really lack
-them have other clock rates and caches. MKL_ENABLE_INSTRUCTIONS works only on Intel's processors.
+PyTorch, MKL and oneDNN are told to use only AVX2, and so is the compiler of the kernels. train.py and the
+tests then choose float32 by themselves; benchmarks need `--dtype float32`. Processors that really lack
+AVX-512 have other clock rates and caches. MKL_ENABLE_INSTRUCTIONS works only on Intel's processors.
 """
 
 import os

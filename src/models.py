@@ -45,7 +45,9 @@ def pick_dtype(device: torch.device, dtype: str) -> torch.dtype:
             native = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
             onednn = device.type == "cpu" and torch.backends.mkldnn.is_available()
-            native = onednn and torch.cpu._is_amx_tile_supported()
+            # oneDNN may have been told not to use them (ONEDNN_MAX_CPU_ISA), and then bfloat16 is very slow.
+            used = onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+            native = used and torch.cpu._is_amx_tile_supported()
         return torch.bfloat16 if native else torch.float32
     if dtype not in ("bfloat16", "float32"):
         raise InputError(

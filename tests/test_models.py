@@ -1,8 +1,11 @@
 """Finding and loading models: the bundled one, and every way a name can be wrong."""
 
 import json
+import os
 import shutil
 import socket
+import subprocess
+import sys
 import time
 
 import pytest
@@ -10,6 +13,7 @@ import torch
 
 from src import hub, models
 from src.errors import InputError
+from tests.conftest import ROOT
 
 CPU = torch.device("cpu")
 
@@ -129,3 +133,12 @@ def test_a_dtype_is_picked_by_name_and_others_are_refused():
     assert models.pick_dtype(CPU, "auto") in (torch.float32, torch.bfloat16)
     with pytest.raises(InputError, match="'float16'"):
         models.pick_dtype(CPU, "float16")
+
+
+def test_a_processor_that_is_restricted_to_avx2_computes_in_float32():
+    code = "import torch; from src import models; print(models.pick_dtype(torch.device('cpu'), 'auto'))"
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "torch.float32", done.stderr
