@@ -102,10 +102,10 @@ def test_test_setup_full_loads_the_models(policy_folder, reward_model_folder):
 
 
 def test_test_setup_exits_with_1_and_names_the_cure_if_something_is_missing(tmp_path):
-    (tmp_path / "verl.py").write_text("raise ImportError('no module named ray')")
+    (tmp_path / "wandb.py").write_text("raise ImportError('no module named sentry')")
     done = run_command("test_setup.py", env=os.environ | {"PYTHONPATH": str(tmp_path)})
     assert done.returncode == 1
-    failure = r"^✗ import verl: ImportError: no module named ray\n    cure: run: bash setup.sh$"
+    failure = r"^✗ import wandb: ImportError: no module named sentry\n    cure: run: bash setup.sh$"
     assert re.search(failure, done.stdout, re.MULTILINE)
     assert done.stdout.strip().endswith("1 problems")
 
