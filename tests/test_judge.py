@@ -94,7 +94,7 @@ def test_it_tells_right_from_wrong_on_problems_that_it_was_not_trained_on(judge)
     """A small version of benchmarks/judge.py; docs/hybrid-reward.md has the result for 1,000 pairs."""
     rng = random.Random(3)
     for name, min_auc in (("arithmetic_test", 0.93), ("arithmetic_hard_test", 0.85)):
-        pairs = written(rng, read_problems(str(ROOT / f"data/{name}.jsonl"), "--data"), 100)
+        pairs = written(rng, read_problems(str(ROOT / f"data/{name}.jsonl"), "--data"), 50)
         questions = [pair.question for pair in pairs]
         right = judge.score_texts(questions, [pair.right for pair in pairs])
         wrong = judge.score_texts(questions, [pair.wrong for pair in pairs])
