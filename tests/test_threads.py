@@ -74,7 +74,7 @@ def test_threads_spin_only_briefly_unless_the_user_says_how_they_wait():
 
 
 def test_train_py_imports_src_before_torch():
-    """OpenMP reads its settings when torch loads."""
+    """OpenMP reads its settings when torch loads. torch.compile's compiler, which takes a second, waits."""
     code = (
         "import sys, builtins\n"
         "original = builtins.__import__\n"
@@ -86,9 +86,10 @@ def test_train_py_imports_src_before_torch():
         "seen = {}\n"
         "builtins.__import__ = note\n"
         "import train\n"
+        "assert 'torch._inductor.compile_fx' not in sys.modules\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.split()[:2] == ["src", "torch"], done.stderr
+    assert done.returncode == 0 and done.stdout.split()[:2] == ["src", "torch"], done.stderr
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")

@@ -15,13 +15,15 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
 
     The first dimension of every tensor with more than one dimension may vary without another compilation.
     """
-    compiled: Callable[..., Any] | None = torch.compile(function)
+    compiled: Callable[..., Any] | None = None
+    failed = False
 
     @functools.wraps(function)
     def run(x: torch.Tensor, *args: Any) -> Any:
-        nonlocal compiled
-        if x.device.type != "cuda" or compiled is None:
+        nonlocal compiled, failed
+        if x.device.type != "cuda" or failed:
             return function(x, *args)
+        compiled = compiled or torch.compile(function)  # not earlier: it imports the compiler, for a second
         for tensor in (x, *args):
             if isinstance(tensor, torch.Tensor) and tensor.dim() > 1:
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
@@ -32,7 +34,7 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
             warn(
                 f"{name} could not be compiled, so it is slower ({type(error).__name__}: {first_line(error)})"
             )
-            compiled = None
+            failed = True
             return function(x, *args)
 
     return run
