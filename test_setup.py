@@ -159,14 +159,17 @@ def check_device() -> str:
 
 
 def check_kernels() -> str:
+    import torch
+
     from src.engine import kernels
 
     if run_device().type != "cpu":
         raise Skipped("compiled kernels (only used to train on a CPU)")
     if kernels.libraries() is None:
         raise Skipped(f"compiled kernels ({kernels.ABSENT})")
-    products = "with" if kernels.matrix_units() else "without"
-    return f"compiled kernels: available, {products} products on the processor's matrix units (AMX)"
+    dtypes = [d for d in (torch.float32, torch.bfloat16) if kernels.can_multiply_packed(d)]
+    products = " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    return f"compiled kernels: available, with matrix products in {products}"
 
 
 def check_memory() -> str:

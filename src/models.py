@@ -47,7 +47,7 @@ def pick_dtype(device: torch.device, dtype: str) -> torch.dtype:
             onednn = device.type == "cpu" and torch.backends.mkldnn.is_available()
             # oneDNN may have been told not to use them (ONEDNN_MAX_CPU_ISA), and then bfloat16 is very slow.
             used = onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-            native = used and torch.cpu._is_amx_tile_supported()
+            native = used and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
         return torch.bfloat16 if native else torch.float32
     if dtype not in ("bfloat16", "float32"):
         raise InputError(

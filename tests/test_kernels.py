@@ -20,11 +20,12 @@ from tests.test_decoder import SMALL, build
 from tests.test_sampler import run
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-needs_matrix_units = pytest.mark.skipif(
-    not kernels.matrix_units(), reason="this processor has no bfloat16 matrix units (AMX)"
+needs_native_bfloat16 = pytest.mark.skipif(
+    not kernels.can_multiply_packed(torch.bfloat16),
+    reason="this processor does not multiply bfloat16 (AMX, AVX512_BF16)",
 )
 PACKED_DTYPES = pytest.mark.parametrize(
-    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_matrix_units)]
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_native_bfloat16)]
 )
 
 
@@ -49,7 +50,7 @@ def test_training_recomputes_the_sampled_log_probs(bias, dtype):
 
 @PACKED_DTYPES
 @pytest.mark.parametrize("rows", [1, 5, 6, 7, 31, 32, 33, 300])
-@pytest.mark.parametrize("depth", [32, 96, 672])  # the last is more than float_products.cpp reads at once
+@pytest.mark.parametrize("depth", [32, 96, 672])  # the last is more than vector_products.cpp reads at once
 def test_packed_products_equal_exact_products(rows, depth, dtype):
     torch.manual_seed(rows)
     x, weight, bias = (torch.randn(*size).to(dtype) for size in ((rows, depth), (64, depth), (64,)))
@@ -77,14 +78,14 @@ def test_packed_products_give_the_same_bits_with_any_number_of_threads():
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
-def test_logits_are_float32_without_matrix_units_too(monkeypatch):
+def test_logits_are_float32_without_packed_weights_too(monkeypatch):
     torch.manual_seed(0)
     hidden, weight, bias = (
         torch.randn(5, 64).bfloat16(),
         torch.randn(96, 64).bfloat16(),
         torch.randn(96).bfloat16(),
     )
-    monkeypatch.setattr(kernels, "matrix_units", lambda: False)
+    monkeypatch.setattr(kernels, "can_multiply_packed", lambda dtype: False)
     logits = make_head(weight, bias)(hidden)
     assert logits.dtype == torch.float32
     torch.testing.assert_close(

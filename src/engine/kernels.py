@@ -27,10 +27,13 @@ def are_compiled() -> bool:
 
 
 @functools.lru_cache
-def matrix_units() -> bool:
-    """Whether this machine has matrix units for bfloat16 (AMX), which `linear.PackedWeight` uses."""
+def can_multiply_packed(dtype: torch.dtype) -> bool:
+    """Whether `linear.PackedWeight` supports weights of this dtype on this machine.
+
+    In bfloat16, it needs matrix units (AMX) or vector units that multiply this format (AVX512_BF16).
+    """
     compiled = libraries()
-    return compiled is not None and bool(compiled[torch.bfloat16].matrix_units())
+    return compiled is not None and dtype in compiled and bool(compiled[dtype].can_multiply_packed())
 
 
 # ----------------------------------------------------------------------------------------------------------

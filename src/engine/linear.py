@@ -14,9 +14,10 @@ Linear = Callable[[torch.Tensor], torch.Tensor]  # a layer (n, in) -> (n, out)
 class PackedWeight:
     """A linear layer whose weight is laid out once in the order in which a product reads it.
 
-    In bfloat16, it runs on the matrix units (AMX) of x86 processors; in float32, on any processor. PyTorch
-    lays out a weight again in every product, which is slow for few rows: with AVX2, 4 rows take twice as long
-    as here, and 64 rows take 1.2 times as long (benchmarks/NOTES.md).
+    In bfloat16, it needs an x86 processor with matrix units (AMX) or with vector units that multiply this
+    format (AVX512_BF16); in float32, any processor will do. PyTorch lays out a weight again in every product,
+    which is slow for few rows: with AVX2, 4 rows take twice as long as here, and 64 rows take 1.2 times as
+    long (benchmarks/NOTES.md).
 
     Args:
         weight: (out, in), and `supports(weight)` is true.
@@ -29,20 +30,19 @@ class PackedWeight:
         self.packed = torch.empty(weight.shape, dtype=weight.dtype)
         transposed = not weight.is_contiguous()
         stored = weight.T if transposed else weight
-        layout = (int(transposed),) if weight.dtype == torch.float32 else ()
-        call("pack_weight", weight.dtype, stored, self.packed, self.columns, self.depth, *layout)
+        sizes = (self.columns, self.depth)
+        call("pack_weight", weight.dtype, stored, self.packed, *sizes, int(transposed))
 
     @staticmethod
     def supports(weight: torch.Tensor) -> bool:
         """Whether a weight (out, in) can be packed: its dtype, sizes, and layout fit the kernels."""
-        if weight.device.type != "cpu":
+        if weight.device.type != "cpu" or not kernels.can_multiply_packed(weight.dtype):
             return False
         if len(weight) % 32:
             return False
-        if weight.dtype == torch.bfloat16:
-            return weight.shape[1] % 32 == 0 and weight.is_contiguous() and kernels.matrix_units()
-        dense = weight.is_contiguous() or weight.T.is_contiguous()
-        return weight.dtype == torch.float32 and dense and kernels.are_compiled()
+        if weight.dtype == torch.bfloat16:  # oneDNN multiplies many rows by a transposed weight as fast
+            return weight.shape[1] % 32 == 0 and weight.is_contiguous()
+        return weight.is_contiguous() or weight.T.is_contiguous()
 
     def __call__(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Apply the layer, with sums in float32.
@@ -58,9 +58,7 @@ class PackedWeight:
             (n, out).
         """
         out = torch.empty(len(x), self.columns, dtype=dtype or x.dtype)
-        targets: tuple[torch.Tensor | None, ...] = (out,)
-        if x.dtype == torch.bfloat16:
-            targets = (out, None) if out.dtype == torch.float32 else (None, out)
+        targets = (out, None) if out.dtype == torch.float32 else (None, out)
         sizes = (len(x), self.columns, self.depth)
         call("multiply_packed", x.dtype, x, self.packed, self.bias, *targets, *sizes)
         return out
@@ -104,7 +102,7 @@ def make_head(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
     """The output head as a function from hidden states (n, D) to logits (n, V) float32, without a gradient.
 
     PyTorch rounds the result of a bfloat16 product to bfloat16. That changes logits near 20 by up to 0.06 and
-    causes half of the error in the log-probs. On a CPU without matrix units, both factors are therefore
+    causes half of the error in the log-probs. Where a weight cannot be packed, both factors are therefore
     converted to float32, and oneDNN is told to multiply them as bfloat16, which loses nothing because their
     values still fit that format, and to return float32.
 

@@ -1,10 +1,8 @@
-// bfloat16 matrix products with a float32 result, on the matrix units of x86 processors (AMX). A decode step
-// spends its time reading weights, so they are packed once, in the order in which they are read. The results
-// can stay float32, whereas PyTorch always rounds the results of such products to bfloat16.
+// Products of packed weights in bfloat16 on the matrix units of x86 processors (AMX).
 
-#include "numbers.h"
+#include "products.h"
 
-#if defined(__AMX_BF16__) && defined(__linux__) && defined(BFLOAT16)
+#ifdef TILE_PRODUCTS
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -13,6 +11,7 @@ namespace {
 
 // A tile of x has 16 rows of 32 entries. A tile of the weight has 32 entries of 16 columns.
 constexpr int64_t ROWS = 16, DEPTH = 32;
+static_assert(PANEL == 16 && GROUP == 2, "a packed weight consists of such tiles");
 
 struct alignas(64) TileShapes {
     uint8_t palette = 1, start_row = 0, reserved[14] = {0};
@@ -55,27 +54,11 @@ inline void two_by_two(const T* x, const T* weight, int64_t depth, float* to, co
 
 }  // namespace
 
-extern "C" {
-
-// Ask the operating system for the matrix units. Returns whether this process may use them.
-int matrix_units() {
+int can_multiply_packed() {
     constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
 }
 
-// Weight (columns, depth) -> panels of 16 columns. A panel consists of depth / 32 tiles in the order in which
-// the matrix units read them: a pair of entries for all 16 columns, then the next pair, and so on.
-void pack_weight(const T* weight, T* to, int64_t columns, int64_t depth) {
-#pragma omp parallel for
-    for (int64_t c = 0; c < columns; c += ROWS)
-        for (int64_t k = 0; k < depth; k += 2)
-            for (int64_t r = 0; r < ROWS; ++r)
-                std::memcpy(to + c * depth + k * ROWS + r * 2, weight + (c + r) * depth + k, 2 * sizeof(T));
-}
-
-// x (n, depth) times a packed weight (columns, depth) -> (n, columns). Adds `bias` (columns) float32 unless
-// it is null. Columns and depth are multiples of 32. The result is written either to `wide_to` in float32 or
-// to `to` in bfloat16; the other pointer is null. A row's result does not depend on the other rows.
 void multiply_packed(const T* x, const T* weight, const float* bias, float* wide_to, T* to, int64_t n,
                      int64_t columns, int64_t depth) {
     constexpr int64_t ROWS_AT_ONCE = 256;  // this many rows of x stay in a core's cache
@@ -116,11 +99,5 @@ void multiply_packed(const T* x, const T* weight, const float* bias, float* wide
         _tile_release();
     }
 }
-
-}  // extern "C"
-
-#else
-
-extern "C" int matrix_units() { return 0; }
 
 #endif
