@@ -67,9 +67,10 @@ def test_a_float32_weight_may_be_transposed():
     torch.testing.assert_close(PackedWeight(weight.T, None)(x), x @ weight, atol=1e-5, rtol=1e-5)
 
 
-def test_packed_products_give_the_same_bits_with_any_number_of_threads():
+@PACKED_DTYPES
+def test_packed_products_give_the_same_bits_with_any_number_of_threads(dtype):
     torch.manual_seed(0)
-    x, packed = torch.randn(700, 96), PackedWeight(torch.randn(320, 96), None)
+    x, packed = torch.randn(700, 96).to(dtype), PackedWeight(torch.randn(320, 96).to(dtype), None)
     results, before = [], torch.get_num_threads()
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
