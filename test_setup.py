@@ -222,14 +222,17 @@ def check_policy(model_name: str) -> str:
 def check_reward_model(requested: str, policy_name: str) -> str:
     import torch
 
-    from src.engine.memory import ModelSize, Plan, free_memory
+    from src.engine.memory import free_memory
+    from src.engine.memory_plan import Plan
+    from src.engine.model_size import ModelSize
     from src.models import pick_dtype
     from src.placement import choose_reward_model
 
     device = run_device()
     no_policy = ModelSize(
-        weights=0, trained=0, itemsize=2, activation=0.0, checkpointed=0.0, cache=0.0, vocabulary=0
-    )
+        weights=0, trained=0, largest=0, itemsize=2, activation=0.0, checkpointed=0.0, recomputed=0.0,
+        backward=0.0, forward=0.0, cache=0.0, hidden=0, vocabulary=0,
+    )  # fmt: skip
     only_scoring = Plan(
         no_policy,
         device.type,
@@ -240,7 +243,7 @@ def check_reward_model(requested: str, policy_name: str) -> str:
         completion_length=0,
         reference=False,
     )
-    choice = choose_reward_model(
+    choice, _ = choose_reward_model(
         requested,
         "auto",
         False,

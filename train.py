@@ -51,7 +51,7 @@ import tyro
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from src import console, console_lines, metrics, models, parallel, placement, threads
-from src.engine.logprobs import completion_log_probs, micro_batches
+from src.engine.logprobs import REFERENCE_PASS, completion_log_probs, micro_batches
 from src.engine.master_weights import MasterWeights
 from src.engine.memory import BatchSize
 from src.engine.rollout import roll_out
@@ -223,11 +223,11 @@ def main(
     tokenizer = models.load_tokenizer(args.model_name)
     problems = with_prompts(problems, tokenizer, system_prompt, max_length)
     eval_problems = with_prompts(eval_problems, tokenizer, system_prompt, max_length)
-    reward_choice = placement.plan(args, problems, run_device, compute_dtype)
+    reward_choice, memory = placement.plan(args, problems, run_device, compute_dtype)
     policy, adapter, policy_id = models.load_trainable(args.model_name, run_device, compute_dtype, lora_rank)
-    master = MasterWeights(policy, compute_dtype)
-    reference = models.make_reference(policy, adapter) if kl_weight > 0 else None
-    if gradient_checkpointing:
+    master = MasterWeights(policy, compute_dtype, memory.moves)
+    reference = models.make_reference(policy, adapter, "reference" in memory.moves) if kl_weight > 0 else None
+    if memory.gradient_checkpointing:
         models.checkpoint_activations(policy)
     optimizer = torch.optim.AdamW(master.parameters, lr=lr, weight_decay=weight_decay, fused=True)
     reward_model = placement.load_reward_model(reward_choice, reward_mode)
@@ -282,7 +282,9 @@ def main(
             # Rollout: G completions of each problem, with the log-prob of every sampled token.
             with metrics.timed("rollout", logged):
                 prompts = [list(problem.prompt_ids) for problem in chosen]  # Q lists of token ids
-                samples = roll_out(policy, prompts, group_size, sampling, sample_generator, batch_size)
+                samples = roll_out(
+                    policy, prompts, group_size, sampling, sample_generator, batch_size, memory.frees_cache
+                )
                 completions = decode(tokenizer, samples)  # B texts
 
             # Score: verdict and reward-model score -> r_hat -> weighted reward -> advantage, (B,) each.
@@ -303,9 +305,10 @@ def main(
                 with metrics.timed("reference", logged):
                     given = (samples, temperature, reference_batch)
                     ref_log_probs = reference_log_probs(reference, *given) if reference else None  # (B, T-1)
-                updates = update(
-                    policy, state, samples, advantages, ref_log_probs, update_settings, micro_batch
-                )
+                with master.on_device(optimizer):
+                    updates = update(
+                        policy, state, samples, advantages, ref_log_probs, update_settings, micro_batch
+                    )
             progress.skipped_in_a_row = 0 if updates.taken else progress.skipped_in_a_row + updates.skipped
 
             # Record: every metric, and every completion with each part of its reward.
@@ -503,8 +506,7 @@ def update(
             if not_finite or not math.isfinite(grad_norm):
                 result.skip(not_finite or batch.tolist())
             else:
-                state.optimizer.step()
-                master.write_back()
+                master.step(state.optimizer)
                 result.add(sums, grad_norm, int(weights.count_nonzero()))
             master.zero_grad()
     result.warn_if_skipped()
@@ -544,7 +546,6 @@ def accumulate_gradients(
             losses = losses + settings.kl_weight * kl
         loss = (losses * weights[at, :n]).sum()
         loss.backward()
-        master.take_gradients()
         gap = torch.where(mask, log_probs.detach() - old, 0.0).abs()
         passes.append(metrics.PassSums.of(at, losses, loss, kl, clipped, gap, mask))
     return metrics.LossSums.of(passes)
@@ -562,7 +563,7 @@ def reference_log_probs(
     def compute(size: int) -> torch.Tensor:
         log_probs = torch.zeros_like(samples.log_probs)  # (B, T-1)
         with reference.model() as model:
-            for part in console.counted(micro_batches(model, samples, mine, 4 * size)):
+            for part in console.counted(micro_batches(model, samples, mine, REFERENCE_PASS * size)):
                 log_probs[part.rows, : part.width] = completion_log_probs(model, samples, part, temperature)
         return parallel.add_up(log_probs)
 

@@ -48,7 +48,9 @@ from src import models  # noqa: E402
 from src.engine import sampler, static_decoder  # noqa: E402
 from src.engine.logprobs import completion_log_probs, micro_batches  # noqa: E402
 from src.engine.master_weights import MasterWeights  # noqa: E402
-from src.engine.memory import BatchSize, Plan, measure  # noqa: E402
+from src.engine.memory import BatchSize  # noqa: E402
+from src.engine.memory_plan import Plan  # noqa: E402
+from src.engine.model_size import measure  # noqa: E402
 from src.engine.sampler import Samples, Sampling  # noqa: E402
 from src.grpo import UpdateSettings  # noqa: E402
 from src.placement import set_up_cuda  # noqa: E402
@@ -304,7 +306,7 @@ def update(micro_batch: int = 8, checkpointing: bool = False) -> None:
         referring = seconds(partial(trainer.reference_log_probs, reference, samples, TEMPERATURE, size), 2)
         for p in master.parameters:
             p.grad = torch.zeros_like(p)
-        stepping = seconds(lambda: (optimizer.step(), master.write_back()), 2)
+        stepping = seconds(lambda: master.step(optimizer), 2)
         master.zero_grad()
         report(
             "update", mixed=mixed, micro_batch=size.size, passes=len(parts), tokens=tokens, first_s=first,

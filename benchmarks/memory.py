@@ -1,7 +1,7 @@
-"""The table of GPU memory in docs/memory.md: python benchmarks/memory.py
+"""The tables of GPU memory in docs/memory.md: python benchmarks/memory.py
 
-src/engine/memory.py computes it from the models' configurations, which are written out here. Nothing is
-downloaded, and no GPU is needed.
+src/engine/memory_plan.py computes them from the models' configurations, which are written out here. Nothing
+is downloaded, and no GPU is needed.
 """
 
 import sys
@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qw
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from src import models
-from src.engine.memory import ModelSize, Plan, measure
-from src.placement import reward_model_bytes
+from src.engine.memory_plan import Plan
+from src.engine.model_size import ModelSize, measure
+from src.reward_model import BATCH_TOKENS, reward_model_bytes
 
 TINYLLAMA = LlamaConfig(
     vocab_size=32_000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
@@ -36,55 +37,84 @@ def save_config(config: PreTrainedConfig, folder: Path) -> str:
     return str(folder)
 
 
-def policy_size(folder: str, lora_rank: int) -> ModelSize:
-    """The sizes of a policy in bfloat16."""
-    skeleton = models.skeleton(folder, AutoModelForCausalLM, torch.bfloat16, folder)
+def policy_size(folder: str, lora_rank: int, dtype: torch.dtype = torch.bfloat16) -> ModelSize:
+    """The sizes of a policy."""
+    skeleton = models.skeleton(folder, AutoModelForCausalLM, dtype, folder)
     if lora_rank:
         models.add_lora(skeleton, lora_rank)
     return measure(skeleton, "cuda")
 
 
-def with_reward_model(plan: Plan, size: tuple[float, float]) -> Plan:
-    """A plan with a reward model, given the bytes of its weights and of its activations."""
-    return replace(plan, reward_weights=size[0], reward_activations=size[1])
-
-
-def table() -> str:
-    """The table in Markdown: GB before the first token, and GB at full length if that is more."""
+def plans() -> dict[str, tuple[Plan, tuple[str, ...]]]:
+    """Plans of TinyLlama with the default settings, and where each one's reward model may be."""
     with tempfile.TemporaryDirectory() as temporary:
         policy = save_config(TINYLLAMA, Path(temporary, "policy"))
         reward_model = save_config(ACEMATH_RM, Path(temporary, "reward_model"))
         full, lora = policy_size(policy, 0), policy_size(policy, 16)
+        in_float32 = policy_size(policy, 16, torch.float32)
         in_bfloat16, in_int8 = (
             reward_model_bytes(reward_model, torch.bfloat16, eight_bit) for eight_bit in (False, True)
         )
-    plan = Plan(full, "cuda", 64, 8, 8, PROMPT, COMPLETION, reference=True)
+    alone = Plan(full, "cuda", 64, 8, 8, PROMPT, COMPLETION, reference=True, optimizer_steps=4)
+    plan = with_reward_model(alone, in_bfloat16)
     with_lora = replace(plan, policy=lora, reference=False)
-    rows = {
-        "all weights trained": plan,
-        "`--kl-weight 0`": replace(plan, reference=False),
-        "`--lora-rank 16`": with_lora,
-        "`--lora-rank 16 --micro-batch-size 1`": replace(with_lora, micro_batch_size=1),
+    anywhere, fixed = ("stays", "visits", "streams"), ("stays",)
+    return {
+        "all weights trained": (plan, anywhere),
+        "`--kl-weight 0`": (replace(plan, reference=False), anywhere),
+        "`--reward-model-8bit`": (with_reward_model(plan, in_int8), fixed),
+        "`--reward-model-name none`": (alone, anywhere),
+        "`--lora-rank 16`": (with_lora, anywhere),
+        "`--lora-rank 16 --reward-model-8bit`": (with_reward_model(with_lora, in_int8), fixed),
+        "`--lora-rank 16 --reward-model-name none --dtype float32`": (
+            replace(alone, policy=in_float32, reference=False),
+            anywhere,
+        ),
     }
+
+
+def with_reward_model(plan: Plan, size: tuple[float, float, float]) -> Plan:
+    """A plan with a reward model, given what `reward_model_bytes` says about it."""
+    passes = -(-plan.completions * (PROMPT + COMPLETION) // BATCH_TOKENS)
+    weights, activations, piece = size
+    return replace(
+        plan,
+        reward_weights=weights,
+        reward_activations=activations,
+        reward_piece=piece,
+        reward_passes=passes,
+    )
+
+
+def tables() -> str:
+    """Both tables in Markdown: what a run needs on different cards, and what is where on one of 24 GB."""
     lines = [
-        "| TinyLlama, 1.1 billion weights | no reward model | AceMath-7B-RM | in int8 | offloaded |",
-        "|---" * 5 + "|",
+        "| TinyLlama with AceMath-7B-RM | all on the GPU | 24 GB card | 18 GB | 16 GB | least |",
+        "|---" * 6 + "|",
     ]
-    for name, row in rows.items():
-        cells = (
-            row,
-            with_reward_model(row, in_bfloat16),
-            with_reward_model(row, in_int8),
-            replace(with_reward_model(row, in_bfloat16), reward_placement="offload"),
-        )
-        ranges = [[f"{size / 1e9:.1f}" for size in (cell.min_bytes(), cell.max_bytes())] for cell in cells]
-        lines.append("| " + " | ".join([name, *(" to ".join(dict.fromkeys(ends)) for ends in ranges)]) + " |")
+    for name, (plan, ways) in plans().items():
+        cells = [f"{plan.max_bytes() / 1e9:.1f}"]
+        for free in (24e9, 18e9, 16e9, 0.0):
+            fitted = plan.fitted(free, float("inf"), ways)
+            fits = not free or fitted.max_bytes() <= free
+            cost = f" (+{fitted.cost():.1f} s)" if fitted.cost() else ""
+            cells.append(f"{fitted.max_bytes() / 1e9:.1f}{cost}" if fits else "no")
+        lines.append("| " + " | ".join([name, *cells]) + " |")
+    plan, ways = plans()["all weights trained"]
+    phases = plan.fitted(24e9, float("inf"), ways).table()
+    parts = dict.fromkeys(part for phase in phases.values() for part in phase)
+    lines += ["", "| GB on a 24 GB card | " + " | ".join(phases) + " |", "|---" * (len(phases) + 1) + "|"]
+    for part in parts:
+        row = [f"{phase[part] / 1e9:.1f}" if part in phase else "" for phase in phases.values()]
+        lines.append("| " + " | ".join([part, *row]) + " |")
+    total = [f"{sum(phase.values()) / 1e9:.1f}" for phase in phases.values()]
+    lines.append("| " + " | ".join(["**total**", *total]) + " |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Print the table."""
-    print(table())
+    """Print the tables."""
+    print(tables())
 
 
 if __name__ == "__main__":

@@ -211,11 +211,9 @@ def main(
         problems = [problem(rng, held_out) for _ in range(batch)]
         cross_entropy, bradley_terry, ranked = loss_and_ranking(model, tokenizer, problems, rng)
         (cross_entropy + pair_weight * bradley_terry).backward()
-        master.take_gradients()
         torch.nn.utils.clip_grad_norm_(master.parameters, 1.0)
-        optimizer.step()
+        master.step(optimizer)
         schedule.step()
-        master.write_back()
         master.zero_grad()
         if step % 20 == 0 or step + 1 == steps:
             print(

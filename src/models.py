@@ -24,6 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from src.console import phase, say
 from src.engine import architecture, kernels
+from src.engine.offload import Offloaded
 from src.errors import InputError, first_line
 from src.hub import base_of, is_adapter, resolve
 
@@ -324,18 +325,27 @@ class Reference:
     Args:
         model: The frozen model itself, or with LoRA the policy.
         adapter: The policy's adapter, which is disabled while the reference computes.
+        offload: Keep the model in host memory, except while it computes.
     """
 
-    def __init__(self, model: PreTrainedModel, adapter: PeftModel | None = None):
+    def __init__(self, model: PreTrainedModel, adapter: PeftModel | None = None, offload: bool = False):
         self._model, self._adapter = model, adapter
+        self._offloaded = Offloaded(model.parameters, model.device) if offload else None
 
     @contextmanager
     def model(self) -> Iterator[PreTrainedModel]:
         """The model to compute with, for use only inside the `with` block."""
-        with self._adapter.disable_adapter() if self._adapter else nullcontext():
+        with (
+            self._offloaded.on_device() if self._offloaded else nullcontext(),
+            self._adapter.disable_adapter() if self._adapter else nullcontext(),
+        ):
             yield self._model
 
 
-def make_reference(policy: PreTrainedModel, adapter: PeftModel | None) -> Reference:
-    """The reference: a copy of the policy as it is now, or with LoRA the policy without its adapter."""
-    return Reference(policy, adapter) if adapter else Reference(frozen_copy(policy))
+def make_reference(policy: PreTrainedModel, adapter: PeftModel | None, offload: bool = False) -> Reference:
+    """The reference: a copy of the policy as it is now, or with LoRA the policy without its adapter.
+
+    Args:
+        offload: Keep the copy in host memory, except while it computes.
+    """
+    return Reference(policy, adapter) if adapter else Reference(frozen_copy(policy), offload=offload)

@@ -11,22 +11,15 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from src import console, models, parallel, threads
-from src.engine.memory import (
-    ModelSize,
-    Plan,
-    bound_product_cache,
-    check_fits,
-    free_memory,
-    keep_freed_memory,
-    measure,
-)
+from src.engine.memory import bound_product_cache, free_memory, keep_freed_memory
+from src.engine.memory_plan import Plan, check_fits
+from src.engine.model_size import ModelSize, measure
 from src.errors import InputError
-from src.hub import EMBEDDED, TINYLLAMA, embedded_folder, resolve
+from src.hub import EMBEDDED, TINYLLAMA
 from src.problems import Problem
-from src.reward_model import ACEMATH, BATCH_TOKENS, AceRewardModel, system_prompt_for
+from src.reward_model import ACEMATH, BATCH_TOKENS, AceRewardModel, reward_model_bytes, system_prompt_for
 from src.run.trackers import chosen_trackers
 
 CPU = torch.device("cpu")
@@ -131,7 +124,8 @@ def choose_policy(args: SimpleNamespace, device: torch.device) -> str:
             skeleton = models.policy_skeleton(
                 TINYLLAMA, "--model-name", models.pick_dtype(device, args.dtype), args.max_length
             )
-            needed, free = policy_plan(args, skeleton, device, [1]).min_bytes(), free_memory(device)
+            free = free_memory(device)
+            needed = policy_plan(args, skeleton, device, [1]).fitted(free, host_memory()).min_bytes()
         except InputError as error:
             why = f"it cannot be loaded: {error}"
         else:
@@ -165,16 +159,25 @@ def policy_plan(
         prompt_length=max(lengths),
         completion_length=min(args.max_new_tokens or args.max_length, args.max_length - min(lengths)),
         reference=args.kl_weight > 0 and not args.lora_rank,
+        optimizer_steps=args.epochs_per_step
+        * args.rollouts_per_step
+        * args.group_size
+        // args.train_batch_size,
         gradient_checkpointing=args.gradient_checkpointing,
     )
 
 
+def host_memory() -> float:
+    """Bytes of free host memory for this process, if all processes on this machine share it evenly."""
+    return free_memory(CPU) / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def plan(
     args: SimpleNamespace, problems: list[Problem], device: torch.device, dtype: torch.dtype
-) -> RewardModelChoice:
-    """Choose and place the reward model, print how much memory the run needs, and reject what cannot fit.
+) -> tuple[RewardModelChoice, Plan]:
+    """Choose the reward model, and what is moved to host memory so that the run fits on its GPU.
 
-    Nothing is loaded.
+    Prints how much memory the run needs, and rejects what cannot fit. Nothing is loaded.
 
     Args:
         args: main()'s parameters.
@@ -186,13 +189,13 @@ def plan(
     """
     skeleton = models.policy_skeleton(args.model_name, "--model-name", dtype, args.max_length)
     memory = policy_plan(args, skeleton, device, [len(problem.prompt_ids) for problem in problems])
-    free = free_memory(device)
+    free, host_free = free_memory(device), host_memory()
     if args.reward_mode == "verifier":
-        choice = RewardModelChoice(None, "--reward-mode verifier")
+        choice, memory = RewardModelChoice(None, "--reward-mode verifier"), memory.fitted(free, host_free)
     else:
         requested = (args.reward_model_name, args.reward_model_device, args.reward_model_8bit)
-        choice = choose_reward_model(
-            *requested, args.model_name, memory, device, dtype, free, free_memory(CPU)
+        choice, memory = choose_reward_model(
+            *requested, args.model_name, memory, device, dtype, free, host_free
         )
     if args.reward_mode == "rm" and choice.name is None:
         raise InputError(
@@ -204,8 +207,8 @@ def plan(
         return measure(skeleton, device.type)
 
     can_be_8bit = choice.name not in (None, EMBEDDED) and not choice.load_in_8bit
-    check_fits(choice.added_to(memory), free, with_lora, choice.weights / 2 if can_be_8bit else 0.0)
-    return choice
+    check_fits(memory, free, host_free, with_lora, choice.weights / 2 if can_be_8bit else 0.0)
+    return choice, memory
 
 
 @dataclass(frozen=True)
@@ -214,34 +217,45 @@ class RewardModelChoice:
 
     name: str | None  # None: only the verifier decides
     why: str
-    placement: str = "device"  # see Plan.reward_placement
+    placement: str = "device"  # "offload": there only while scoring; "stream": layer by layer; "cpu": never
     device: torch.device | None = None
     dtype: torch.dtype = torch.float32
     load_in_8bit: bool = False
     weights: float = 0.0  # bytes
     activations: float = 0.0  # bytes, while it scores
+    piece: float = 0.0  # bytes of the weights on the device if it streams
     failed: bool = False  # True if it was requested but is not available
 
     def where(self) -> str:
         """The reward model's device and, if it is int8, its dtype, for messages."""
         assert self.device is not None
-        places = {"device": self.device.type, "cpu": "cpu", "offload": f"{self.device.type} while it scores"}
-        return places[self.placement] + (", int8" if self.load_in_8bit else "")
+        device = self.device.type
+        places = {"offload": f"{device} while it scores", "stream": f"{device} layer by layer"}
+        return places.get(self.placement, device) + (", int8" if self.load_in_8bit else "")
 
     def added_to(self, memory: Plan) -> Plan:
         """The memory plan of a run with this reward model, given the plan of the run without one."""
+        if self.placement == "cpu":
+            return memory
+        tokens = memory.completions * (memory.prompt_length + memory.completion_length)
         return replace(
             memory,
             reward_weights=self.weights,
             reward_activations=self.activations,
-            reward_placement=self.placement,
+            reward_piece=self.piece,
+            reward_passes=-(-tokens // BATCH_TOKENS),
         )
 
     def load(self) -> AceRewardModel:
         assert self.name is not None and self.device is not None
-        prompt, offload = system_prompt_for(self.name), self.placement == "offload"
         return AceRewardModel(
-            self.name, self.device, self.dtype, prompt, offload=offload, load_in_8bit=self.load_in_8bit
+            self.name,
+            self.device,
+            self.dtype,
+            system_prompt_for(self.name),
+            offload=self.placement in ("offload", "stream"),
+            stream=self.placement == "stream",
+            load_in_8bit=self.load_in_8bit,
         )
 
 
@@ -255,7 +269,7 @@ def choose_reward_model(
     dtype: torch.dtype,
     free: float,
     host_free: float,
-) -> RewardModelChoice:
+) -> tuple[RewardModelChoice, Plan]:
     """Resolve `--reward-model-name auto` and `--reward-model-device auto`, reading only configurations.
 
     Args:
@@ -265,20 +279,17 @@ def choose_reward_model(
         device, dtype: Where the policy computes, and in which dtype.
         free, host_free: Free bytes on the device and in host memory.
 
+    Returns:
+        The choice, and the plan of the run with that reward model.
+
     Raises:
         InputError: The requested placement is impossible.
     """
-    if requested == "none":
-        return RewardModelChoice(None, "--reward-model-name none")
-    name, why = requested, "requested"
-    if requested == "auto":
-        if policy_name == EMBEDDED:
-            name, why = EMBEDDED, "auto: it comes with the embedded policy"
-        elif device.type == "cuda":
-            name, why = ACEMATH, "auto"
-        else:
-            return RewardModelChoice(None, f"auto: {ACEMATH} needs a GPU, and this run is on {device.type}")
-    places = _places(placement, requested != "auto", load_in_8bit, device)
+    without = memory.fitted(free, host_free)
+    name, why = _resolve_name(requested, policy_name, device)
+    if name is None:
+        return RewardModelChoice(None, why), without
+    places = _places(placement, requested != "auto", device)
     if load_in_8bit and name == EMBEDDED:
         raise InputError(
             "--reward-model-8bit: the bundled reward model has no int8 version; leave the flag out (the "
@@ -290,28 +301,42 @@ def choose_reward_model(
         try:
             size = reward_model_bytes(name, what, load_in_8bit)
         except InputError as error:
-            return RewardModelChoice(None, str(error), failed=True)
-        options.append(RewardModelChoice(name, why, place, where, what, load_in_8bit, *size))
-    if len(options) == 1 and requested != "auto":
-        return options[0]
-    in_host_memory = [o for o in options if o.placement == "device" or o.weights <= host_free]
-    for option in in_host_memory:
-        if option.added_to(memory).max_bytes() <= free:
+            return RewardModelChoice(None, str(error), failed=True), without
+        choice = RewardModelChoice(name, why, place, where, what, load_in_8bit, *size)
+        fitted = choice.added_to(memory).fitted(free, host_free, _ways(placement, load_in_8bit))
+        way = {"visits": "offload", "streams": "stream"}.get(fitted.moves.get("reward model", ""), place)
+        if place != "cpu" or choice.weights <= host_free - fitted.host_bytes():
+            options.append((replace(choice, placement=way), fitted))
+    for option in options:
+        if option[1].max_bytes() <= free:
             return option
     if name == EMBEDDED:
         return options[0]
     if requested != "auto":  # one that may fit, else one that `check_fits` rejects
-        return next((o for o in in_host_memory if o.added_to(memory).min_bytes() <= free), options[0])
-    needed = options[0].added_to(memory).max_bytes()
+        return next((option for option in options if option[1].min_bytes() <= free), options[0])
+    needed = options[0][1].max_bytes()
     why = f"auto: {ACEMATH} and the policy need up to {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
-    return RewardModelChoice(None, why)
+    return RewardModelChoice(None, why), without
 
 
-def _places(placement: str, named: bool, load_in_8bit: bool, device: torch.device) -> list[str]:
-    """The places where the reward model may go, best first, as in `RewardModelChoice.placement`.
+def _resolve_name(requested: str, policy_name: str, device: torch.device) -> tuple[str | None, str]:
+    """The reward model that `--reward-model-name` means, or None, and why."""
+    if requested == "none":
+        return None, "--reward-model-name none"
+    if requested != "auto":
+        return requested, "requested"
+    if policy_name == EMBEDDED:
+        return EMBEDDED, "auto: it comes with the embedded policy"
+    if device.type == "cuda":
+        return ACEMATH, "auto"
+    return None, f"auto: {ACEMATH} needs a GPU, and this run is on {device.type}"
+
+
+def _places(placement: str, named: bool, device: torch.device) -> list[str]:
+    """The places where the reward model may compute, best first: "device" or "cpu".
 
     Args:
-        placement, load_in_8bit: The flags' values.
+        placement: The flag's value.
         named: Whether the user named the model, instead of leaving it at auto.
         device: Where the policy computes.
 
@@ -320,42 +345,18 @@ def _places(placement: str, named: bool, load_in_8bit: bool, device: torch.devic
     """
     if placement in ("cuda", "offload") and device.type != "cuda":
         raise InputError(f"--reward-model-device {placement}: this run is on {device.type}; leave it at auto")
-    if placement == "cuda" or device.type == "cpu":
-        return ["device"]
-    if placement != "auto":
-        return [placement]
-    places = ["device"]
-    if device.type == "cuda" and not load_in_8bit:
-        places.append("offload")
-    if named:  # a model of 7 billion weights takes minutes per step on the CPU
-        places.append("cpu")
-    return places
+    if placement == "cpu" and device.type != "cpu":
+        return ["cpu"]
+    if placement == "auto" and named and device.type != "cpu":
+        return ["device", "cpu"]  # a model of 7 billion weights takes minutes per step on the CPU
+    return ["device"]
 
 
-def reward_model_bytes(name: str, dtype: torch.dtype, load_in_8bit: bool) -> tuple[float, float]:
-    """Bytes of a reward model's weights, and of its activations while it scores, from its configuration only.
-
-    Raises:
-        InputError: The model cannot be found.
-    """
-    flag = f"--reward-model-name {name}"
-    if name == EMBEDDED:
-        skeleton = models.skeleton(str(embedded_folder()), AutoModelForCausalLM, dtype, flag)
-        return float(skeleton.num_parameters() * dtype.itemsize), scoring_bytes(skeleton)
-    path = resolve(name, "--reward-model-name")
-    skeleton = models.skeleton(path, AutoModelForSequenceClassification, dtype, flag, num_labels=1)
-    linear = [m for key, m in skeleton.named_modules() if isinstance(m, torch.nn.Linear) and key != "score"]
-    saved = sum(m.weight.numel() for m in linear) * (dtype.itemsize - 1) if load_in_8bit else 0
-    return float(skeleton.num_parameters() * dtype.itemsize - saved), scoring_bytes(skeleton)
-
-
-def scoring_bytes(skeleton: transformers.PreTrainedModel) -> float:
-    """Bytes of what a layer of a reward model computes for one batch: three times the MLP's inner size (gate,
-    up and their product), and four times the hidden size.
-    """
-    config = skeleton.config.get_text_config()
-    inner = getattr(config, "intermediate_size", 4 * config.hidden_size)
-    return float(BATCH_TOKENS * (3 * inner + 4 * config.hidden_size) * skeleton.dtype.itemsize)
+def _ways(placement: str, load_in_8bit: bool) -> tuple[str, ...]:
+    """Where the reward model's weights may be, for `Plan.fitted`. An int8 model cannot be moved."""
+    if placement == "cuda" or load_in_8bit:
+        return ("stays",)
+    return ("visits", "streams") if placement == "offload" else ("stays", "visits", "streams")
 
 
 @console.phase("load the reward model")

@@ -3,13 +3,13 @@
 import contextlib
 import importlib.util
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache
 from jinja2 import TemplateError
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -19,10 +19,11 @@ from transformers import (
 
 from src.console import detail, warn
 from src.engine.memory import is_out_of_memory
+from src.engine.offload import Offloaded
 from src.errors import InputError
-from src.hub import EMBEDDED, resolve
+from src.hub import EMBEDDED, embedded_folder, resolve
 from src.judge import NO_ANSWER, JudgeText, answer_log_probs, judge_text, load_judge, plain_answer
-from src.models import conversation
+from src.models import conversation, skeleton
 
 # AceMath-7B-RM was trained with this system prompt (model card, "How to use").
 ACEMATH_SYSTEM_PROMPT = "Please reason step by step, and check your final answer within \\boxed{}."
@@ -46,6 +47,7 @@ class AceRewardModel:
         batch_tokens: Maximum number of tokens in one forward pass, including padding. Lowered permanently if
             memory runs out.
         offload: Keep the weights in pinned host memory, and copy them to `device` only while scoring.
+        stream: With `offload`, copy each layer only while it computes, once for every forward pass.
         load_in_8bit: Load linear layers in int8 (bitsandbytes), which takes half the memory of bfloat16.
 
     Attributes:
@@ -65,6 +67,7 @@ class AceRewardModel:
         max_length: int = 4096,
         batch_tokens: int = BATCH_TOKENS,
         offload: bool = False,
+        stream: bool = False,
         load_in_8bit: bool = False,
     ):
         assert not (offload and load_in_8bit)
@@ -80,16 +83,13 @@ class AceRewardModel:
         self.model.eval().requires_grad_(False)
         self.config = self.model.config.get_text_config()
         self.max_length = min(max_length, getattr(self.config, "max_position_embeddings", max_length))
-        self.homes: list[torch.Tensor] | None = None
+        self.offloaded: Offloaded | None = None
         if offload:
-            self.homes = []
-            for weight in self.model.parameters():
-                weight.data = weight.data.clone()  # copies the weight from the mapped file into memory
-                self.homes.append(weight.data)
-                if self.device.type == "cuda":
-                    pin(weight.data, self.device)
             for buffer in self.model.buffers():  # rotary frequencies: a few kilobytes
                 buffer.data = buffer.data.to(self.device)
+            streamed = stream_layers(self.model, self.device) if stream else set()
+            rest = [weight for weight in self.model.parameters() if weight not in streamed]
+            self.offloaded = Offloaded(lambda: rest, self.device)
         else:
             # Because of how transformers wraps to(), mypy mistakes the device for the model.
             self.model.to(self.device)  # type: ignore[arg-type]
@@ -138,7 +138,7 @@ class AceRewardModel:
         # Texts are sorted by length, so that batches have little padding.
         texts = sorted((text for text in score_of if text is not None), key=_length)
         try:
-            with self._on_device():
+            with self.offloaded.on_device() if self.offloaded else contextlib.nullcontext():
                 while texts:
                     detail(f"{len(texts)} texts left")
                     fitting = self._fitting(texts)
@@ -209,31 +209,59 @@ class AceRewardModel:
         logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # (n, 1)
         return logits[:, 0].float().cpu()
 
-    @contextmanager
-    def _on_device(self) -> Iterator[None]:
-        """With `offload`, keep the weights on the device inside the `with` block; the host copies remain."""
-        if self.homes is None:
-            yield
-            return
-        try:
-            for weight, home in zip(self.model.parameters(), self.homes, strict=True):
-                weight.data = home.to(self.device, non_blocking=True)
-            yield
-        finally:
-            for weight, home in zip(self.model.parameters(), self.homes, strict=True):
-                weight.data = home
-            clear_device_cache()
 
+def reward_model_bytes(name: str, dtype: torch.dtype, load_in_8bit: bool) -> tuple[float, float, float]:
+    """Bytes of a reward model's weights, of its activations while it scores, and of what is on the device if
+    its layers stream. Only its configuration is read.
 
-def pin(tensor: torch.Tensor, device: torch.device) -> None:
-    """Pin a tensor's memory where it is; pin_memory() would round its size up to a power of two.
-
-    If the system refuses, transfers to the device are slower, but nothing else changes.
+    Raises:
+        InputError: The model cannot be found.
     """
-    status = torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)
-    if int(status):
-        with contextlib.suppress(RuntimeError):  # the next kernel reports the error as its own
-            torch.zeros(1, device=device)
+    flag = f"--reward-model-name {name}"
+    if name == EMBEDDED:
+        model = skeleton(str(embedded_folder()), AutoModelForCausalLM, dtype, flag)
+    else:
+        path = resolve(name, "--reward-model-name")
+        model = skeleton(path, AutoModelForSequenceClassification, dtype, flag, num_labels=1)
+    linear = [m for key, m in model.named_modules() if isinstance(m, torch.nn.Linear) and key != "score"]
+    saved = sum(m.weight.numel() for m in linear) * (dtype.itemsize - 1) if load_in_8bit else 0
+    layers = [sum(w.numel() for w in layer.parameters()) for layer in layers_of(model)]
+    weights = float(model.num_parameters() * dtype.itemsize - saved)
+    piece = weights - float(sum(layers) - max(layers, default=0)) * dtype.itemsize
+    return weights, scoring_bytes(model), piece
+
+
+def scoring_bytes(model: PreTrainedModel) -> float:
+    """Bytes of what a layer of a reward model computes for one batch: three times the MLP's inner size (gate,
+    up and their product), and four times the hidden size.
+    """
+    config = model.config.get_text_config()
+    inner = getattr(config, "intermediate_size", 4 * config.hidden_size)
+    return float(BATCH_TOKENS * (3 * inner + 4 * config.hidden_size) * model.dtype.itemsize)
+
+
+def layers_of(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """The layers of a transformer: the members of its largest list of modules."""
+    lists = [list(module) for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    return max(lists, key=lambda layers: sum(w.numel() for m in layers for w in m.parameters()), default=[])
+
+
+def stream_layers(model: PreTrainedModel, device: torch.device) -> set[torch.Tensor]:
+    """Keep a model's layers in host memory, each except while it computes. Returns their weights."""
+    streamed: set[torch.Tensor] = set()
+    for layer in layers_of(model):
+        offloaded, visit = Offloaded(layer.parameters, device), contextlib.ExitStack()
+
+        def arrive(*_: Any, offloaded: Offloaded = offloaded, visit: contextlib.ExitStack = visit) -> None:
+            visit.enter_context(offloaded.on_device())
+
+        def leave(*_: Any, visit: contextlib.ExitStack = visit) -> None:
+            visit.close()
+
+        layer.register_forward_pre_hook(arrive)
+        layer.register_forward_hook(leave, always_call=True)
+        streamed |= set(layer.parameters())
+    return streamed
 
 
 def is_causal(model: PreTrainedModel) -> bool:

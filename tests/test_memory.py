@@ -13,22 +13,19 @@ from src import models, placement
 from src.engine import architecture, cuda_llama, llama
 from src.engine.llama import Layout, packed_hidden
 from src.engine.logprobs import micro_batches
-from src.engine.memory import (
-    ModelSize,
-    Plan,
-    check_fits,
-    free_memory,
-    is_out_of_memory,
-    measure,
-    ways_out,
-)
+from src.engine.memory import free_memory, is_out_of_memory
+from src.engine.memory_plan import MARGIN, Plan, check_fits, ways_out
+from src.engine.model_size import ModelSize, measure
 from src.engine.token_log_probs import vocabulary_block
 from src.errors import InputError
 from tests.conftest import as_samples, make_policy
 
 CPU = torch.device("cpu")
-BIG = ModelSize(10**9, 10**9, itemsize=2, activation=1e6, checkpointed=1e5, cache=2e4, vocabulary=32_000)
-LORA = replace(BIG, trained=10**7, activation=1.5e6)
+BIG = ModelSize(
+    weights=10**9, trained=10**9, largest=10**8, itemsize=2, activation=1e6, checkpointed=1e5, recomputed=5e4,
+    backward=3e4, forward=1e5, cache=2e4, hidden=1000, vocabulary=32_000,
+)  # fmt: skip
+LORA = replace(BIG, trained=10**7, largest=10**6, activation=1.5e6)
 
 
 def kept_for_backward(model, rows: int, tokens: int) -> float:
@@ -107,36 +104,92 @@ def test_a_broken_configuration_is_refused(tmp_path):
 def test_the_plan_agrees_with_a_calculation_by_hand():
     plan = Plan(BIG, "cuda", 64, 8, 8, 100, 400, reference=True, reward_weights=14e9)
     # program 0.8 + policy 2 + float32 weights 4 + Adam 8 + reference 2 + reward model 14 = 30.8,
-    # and gradients 4 + 2
-    assert plan.min_bytes() == pytest.approx(36.8e9)
-    # The update adds the sums of the gradients (4), 8 completions of 400 tokens after one prompt of 100, at
-    # 1 MB per token, and 8,192 logits per completion token, at 10 bytes each. These are freed before the
-    # gradients of the pass (2) are complete. The sampler keeps 64 rows of 512 columns (500 rounded up) of
-    # 20 kB.
+    # the sums of the gradients 4, and the gradient of the largest weight, in bfloat16, 0.2
+    assert plan.min_bytes() == pytest.approx(35.0e9)
+    # The update adds 8 completions of 400 tokens after one prompt of 100, at 1 MB per token; 8,192 logits
+    # per completion token, at 10 bytes each; and the hidden states and their gradients, at 6 bytes. The
+    # sampler keeps 64 rows of 512 columns (500 rounded up) of 20 kB.
     kept = 64 * 512 * 2e4
-    assert plan.max_bytes() == pytest.approx(34.8e9 + 3.3e9 + 3200 * 8192 * 10 + kept)
-    plan_on_cpu = replace(plan, device="cpu")  # the sampler keeps nothing on a CPU
-    assert plan_on_cpu.max_bytes() == pytest.approx(34.9e9 + 3.3e9 + 3200 * vocabulary_block("cpu") * 10)
+    logits = 3200 * (8192 * 10 + 1000 * 6)
+    assert plan.max_bytes() == pytest.approx(35.0e9 + 3.3e9 + logits + kept)
+    # One layer at a time computes its activations again. By then, the logits are freed.
+    again = replace(plan, gradient_checkpointing=True, prompt_length=8000)
+    expected = 35.0e9 + 11_200 * (1e5 + 5e4 + 3e4) + 64 * 8448 * 2e4
+    assert again.max_bytes() == pytest.approx(expected)
+    # The program's memory on a CPU is larger by 0.1, the sampler keeps nothing, and llama.py returns all
+    # gradients of a pass (2) at once, when its activations and logits are freed.
+    plan_on_cpu = replace(plan, device="cpu")
+    logits = 3200 * (vocabulary_block("cpu") * 10 + 1000 * 6)
+    assert plan_on_cpu.max_bytes() == pytest.approx(34.9e9 + 3.3e9 + max(logits, 3300 * 3e4))
     # A pass in float32 also keeps all logits, but no more than KEPT_LOGITS bytes of them.
     for size, kept_logits in ((8, 3200 * 4 * 32_000), (16, 2**29)):
         in_float32 = replace(plan_on_cpu, policy=replace(BIG, itemsize=4), micro_batch_size=size)
-        expected = size * 400 * vocabulary_block("cpu") * 12 + kept_logits
-        assert in_float32.parts()[1]["update"]["logits"] == pytest.approx(expected)
-    short = replace(plan, completion_length=10, micro_batch_size=1)  # its gradients take more than the rest
-    assert short.max_bytes() == pytest.approx(36.8e9 + 64 * 256 * 2e4)
+        expected = size * 400 * (vocabulary_block("cpu") * 12 + 1000 * 8) + kept_logits
+        assert in_float32.table()["update"]["logits"] == pytest.approx(expected)
     # 7 rows, each with a copy of the prompt, hold the 8 completions, with padding of at most 6 x 64 tokens.
     padded = replace(plan, policy=replace(BIG, flat=False))
-    assert padded.tokens() == 8 * 400 + 7 * 100 + 6 * 64
-    offloaded = replace(plan, reward_placement="offload")
-    assert offloaded.min_bytes() == pytest.approx(30.8e9)  # 16.8, and the reward model only while it scores
-    on_cpu = replace(plan, policy=LORA, reference=False, reward_placement="cpu")
-    adapter = 10**7 * (4 + 8 + 4)
-    expected = 0.8e9 + 2e9 + adapter + 1.5e6 * 3300 + 3200 * 8192 * 10 + kept
-    assert on_cpu.max_bytes() == pytest.approx(expected)
+    assert padded.tokens(8) == 8 * 400 + 7 * 100 + 6 * 64
     long_rollout = Plan(LORA, "cpu", 512, 8, 1, 100, 400, reference=False)
     packed_weights = 2e9
     expected = 0.9e9 + 2e9 + 10**7 * 12 + 512 * (500 * 2e4 + 16 * 32_000) + packed_weights
     assert long_rollout.max_bytes() == pytest.approx(expected)
+
+
+def test_parts_in_host_memory_are_on_the_gpu_only_in_their_own_phase():
+    plan = Plan(
+        BIG, "cuda", 64, 8, 8, 100, 400, reference=True, optimizer_steps=4, reward_weights=14e9,
+        reward_piece=2e9, reward_passes=5,
+    )  # fmt: skip
+    moves = {"reference": "visits", "trained weights": "visits", "Adam": "streams", "reward model": "streams"}
+    moved = replace(plan, moves=moves, gradient_checkpointing=True, frees_cache=True)
+    table = moved.table()
+    assert set(table) == {"load", "rollout", "score", "reference", "update"}
+    stays = {"program": 0.8e9, "policy": 2e9}
+    for name in ("rollout", "score", "reference", "update"):
+        assert stays.items() <= table[name].items()
+    assert table["score"] == stays | {"reward model": 2e9}
+    assert table["reference"].keys() == stays.keys() | {"reference", "activations", "logits"}
+    assert table["reference"]["reference"] == 2e9
+    assert table["update"]["trained weights"] == 4e9
+    assert table["update"]["Adam"] == 8 * 10**8  # of the largest weight
+    assert "reward model" not in table["update"] and "kept cache" not in table["update"]
+    assert table["load"] == {"program": 0.8e9, "policy": 4e9, "trained weights": 4e9}
+    assert moved.host_bytes() == pytest.approx(2e9 + 4e9 + 8e9 + 14e9)
+    # Copies at 20 GB/s: reference 2, weights there and back 8, moments there and back four times 64, reward
+    # model five times 70; one forward pass of 64 x 400 tokens at 55 TFLOP/s; and a capture of the graph
+    expected = (2 + 8 + 64 + 70) / 20 + 2e9 * 64 * 400 / 55e12 + 0.3
+    assert moved.cost() == pytest.approx(expected)
+    assert plan.cost() == plan.host_bytes() == 0
+
+
+@pytest.mark.parametrize("free", [10e9, 14e9, 18e9, 22e9, 26e9, 30e9, 36e9, 50e9])
+def test_the_plan_is_the_cheapest_that_fits(free):
+    plan = Plan(BIG, "cuda", 64, 8, 8, 42, 470, reference=True, optimizer_steps=4, reward_weights=14e9,
+                reward_piece=2e9, reward_passes=4)  # fmt: skip
+    anywhere = ("stays", "visits", "streams")
+    options = list(plan.options(anywhere))
+    assert len(options) == 2 * 2 * 3 * 3 * 2 * 2 and plan in options
+    fitted = plan.fitted(free, 100e9)
+    cheaper = [option for option in options if option.cost() < fitted.cost()]
+    if free == 10e9:  # nothing fits, so this is the smallest
+        assert fitted.max_bytes() == min(map(Plan.max_bytes, options)) > free
+    else:
+        assert fitted.max_bytes() <= MARGIN * free
+        assert all(option.max_bytes() > MARGIN * free for option in cheaper)
+    if free == 50e9:
+        assert fitted == plan
+
+
+def test_the_plan_moves_nothing_that_host_memory_cannot_hold_and_nothing_on_a_cpu():
+    plan = Plan(BIG, "cuda", 64, 8, 8, 42, 470, reference=True, reward_weights=14e9)
+    assert plan.fitted(24e9, 100e9).moves.keys() >= {"reward model"}
+    fitted = plan.fitted(24e9, 13e9)
+    assert "reward model" not in fitted.moves and fitted.host_bytes() <= 13e9
+    assert plan.fitted(24e9, 100e9, ("stays",)).moves.get("reward model") is None
+    on_cpu = replace(plan, device="cpu")
+    assert on_cpu.fitted(1e9, 100e9) == on_cpu
+    no_checkpointing = replace(plan, policy=replace(BIG, checkpointed=float("inf")))
+    assert not no_checkpointing.fitted(1e9, 100e9).gradient_checkpointing
 
 
 @given(
@@ -161,11 +214,12 @@ def test_no_pass_has_more_tokens_than_the_plan(lengths, size, flat, packs):
         monkeypatch.setattr(cuda_llama, "is_supported", lambda model: False)
         passes = micro_batches(None, samples, torch.arange(len(starts)), size)
     completion = int(samples.lengths.max())
-    plan = Plan(replace(BIG, flat=flat), "cuda", 0, 4, size, max(prompts), completion, reference=False)
+    rows = len(starts)
+    plan = Plan(replace(BIG, flat=flat), "cuda", rows, 4, size, max(prompts), completion, reference=False)
     for part in passes:
         rows = [int(starts[rows[0]]) + int(samples.lengths[rows].sum()) for rows in part.packed]
         # The last token of a completion is not an input; counting it gives the pass one token more per row.
-        assert (sum(rows) if flat else len(rows) * max(rows)) <= plan.tokens()
+        assert (sum(rows) if flat else len(rows) * max(rows)) <= plan.tokens(size)
 
 
 @pytest.mark.parametrize(
@@ -184,42 +238,58 @@ def test_a_lora_run_can_need_the_most_memory_while_it_loads_in_float32():
 
 def test_a_run_that_fits_prints_one_line(capsys):
     plan = Plan(LORA, "cuda", 64, 8, 8, 100, 400, reference=False, reward_weights=14e9)
-    check_fits(plan, 30e9, lambda: pytest.fail("not needed"), 7e9)
+    check_fits(plan, 30e9, 100e9, lambda: pytest.fail("not needed"), 7e9)
     out = capsys.readouterr().out
     assert out.count("\n") == 1
     assert out == (
-        "memory: up to 22.8 of the 30.0 GB free on cuda "
-        "(program 0.8, policy 2.0, Adam 0.1, reward model 14.0, "
-        "logits of the update 0.3, activations of the update 5.0, "
-        "kept cache of the update 0.7)\n"
+        "memory: up to 22.8 of the 30.0 GB free on cuda (in the update phase: program 0.8, policy 2.0, "
+        "Adam 0.1, reward model 14.0, logits 0.3, activations 5.0, kept cache 0.7)\n"
+    )
+
+
+def test_a_run_that_fits_only_with_savings_prints_them_and_what_they_cost(capsys):
+    plan = Plan(BIG, "cuda", 64, 8, 8, 100, 400, reference=True, reward_weights=14e9)
+    moves = dict.fromkeys(["reference", "Adam", "reward model"], "visits")
+    moved = replace(plan, moves=moves, gradient_checkpointing=True, frees_cache=True)
+    check_fits(moved, 22e9, 100e9, lambda: pytest.fail("not needed"), 7e9)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("memory: up to 20.8 of the 22.0 GB free on cuda (in the score phase: program 0.8")
+    assert second == (
+        "to fit, the reference, Adam's moments and the reward model are in host memory (24.0 GB) while not "
+        "in use, each layer is computed again in the backward pass, and the decoder's cache is freed after "
+        "each rollout; this costs about 2.8 s a step"
+    )
+    assert replace(plan, moves={"reference": "visits"}).describe_savings() == (
+        "to fit, the reference is in host memory (2.0 GB) while not in use; this costs about 0.1 s a step"
     )
 
 
 def test_a_run_that_may_not_fit_gets_a_warning_and_one_that_cannot_is_refused(capsys):
     plan = Plan(BIG, "cuda", 64, 8, 8, 100, 400, reference=True, reward_weights=14e9)
-    check_fits(plan, 38e9, lambda: LORA, 7e9)
+    check_fits(plan, 38e9, 0, lambda: LORA, 7e9)
     assert "warning: memory may run out" in capsys.readouterr().out
-    message = r"needs 36\.8 GB on cuda.*24\.0 GB are free.*--lora-rank 16 \(22\.8 GB\)"
+    message = r"needs 35\.0 GB on cuda.*24\.0 GB are free.*--lora-rank 16 \(22\.8 GB\)"
     with pytest.raises(InputError, match=message):
-        check_fits(plan, 24e9, lambda: LORA, 7e9)
+        check_fits(plan, 24e9, 0, lambda: LORA, 7e9)
     with pytest.raises(InputError, match="smaller --model-name"):
-        check_fits(plan, 1e9, lambda: LORA, 7e9)
+        check_fits(plan, 1e9, 100e9, lambda: LORA, 7e9)
 
 
 def test_the_ways_out_are_the_fewest_flags_and_each_fits():
     plan = Plan(BIG, "cuda", 64, 8, 8, 100, 400, reference=True, reward_weights=14e9)
-    assert {way.split(" (")[0] for way in ways_out(plan, LORA, 39.5e9, 7e9)} == {
-        "--kl-weight 0", "--micro-batch-size 1", "--gradient-checkpointing", "--reward-model-device offload",
-        "--reward-model-device cpu", "--reward-model-8bit", "--reward-model-name none", "--lora-rank 16",
+    without_host_memory = ways_out(plan, LORA, 38.5e9, 0, 7e9)
+    assert {way.split(" (")[0] for way in without_host_memory} == {
+        "--kl-weight 0", "--micro-batch-size 1", "--reward-model-device cpu", "--reward-model-8bit",
+        "--reward-model-name none", "--lora-rank 16",
     }  # fmt: skip
-    assert ways_out(plan, LORA, 20e9, 7e9) == [
-        "--lora-rank 16 --micro-batch-size 1 (18.4 GB)",
-        "--lora-rank 16 --gradient-checkpointing (18.2 GB)",
-        "--lora-rank 16 --reward-model-device offload (17.6 GB)",
+    assert ways_out(plan, LORA, 17e9, 0, 7e9) == [
         "--lora-rank 16 --reward-model-device cpu (8.8 GB)",
         "--lora-rank 16 --reward-model-8bit (15.8 GB)",
         "--lora-rank 16 --reward-model-name none (8.8 GB)",
     ]
+    # What moves to host memory needs no flag.
+    assert "--lora-rank 16 (17.6 GB)" in ways_out(plan, LORA, 18.5e9, 14e9, 7e9)
+    assert not any(way.startswith("--lora-rank 16 (") for way in ways_out(plan, LORA, 18.5e9, 13e9, 7e9))
 
 
 def test_free_memory_respects_the_containers_limit(monkeypatch, tmp_path):

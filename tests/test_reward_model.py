@@ -9,10 +9,12 @@ from tokenizers import processors
 from transformers import BertConfig, BertForSequenceClassification, Qwen2ForSequenceClassification
 
 import train
-from src.engine.memory import ModelSize, Plan
+from src.engine.memory_plan import Plan
+from src.engine.model_size import ModelSize
+from src.engine.offload import pin
 from src.errors import InputError
-from src.placement import choose_reward_model, load_reward_model, reward_model_bytes
-from src.reward_model import ACEMATH_SYSTEM_PROMPT, AceRewardModel, is_causal, pin
+from src.placement import choose_reward_model, load_reward_model
+from src.reward_model import ACEMATH_SYSTEM_PROMPT, AceRewardModel, is_causal, reward_model_bytes
 
 SYSTEM = "Please reason step by step, and check your final answer within \\boxed{}."
 RESPONSES = ["8", "5 + 3 = 8, so \\boxed{8}", "It is nine. " * 10, "", "8"]
@@ -218,7 +220,7 @@ def test_a_template_without_a_system_role_works_only_without_a_system_prompt(
 def test_an_offloaded_model_scores_the_same_and_stays_on_the_host(reward_model_folder, reward_model):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AceRewardModel(str(reward_model_folder), device, torch.float32, offload=True)
-    homes = [home.data_ptr() for home in model.homes]
+    homes = [weight.data_ptr() for weight in model.model.parameters()]
     torch.testing.assert_close(
         model.score_texts("q", RESPONSES), reward_model.score_texts("q", RESPONSES), atol=1e-5, rtol=0
     )
@@ -234,7 +236,7 @@ def test_offloading_without_room_on_the_device_scores_nothing(reward_model_folde
         raise torch.OutOfMemoryError("CUDA out of memory.")
         yield
 
-    monkeypatch.setattr(model, "_on_device", no_room)
+    monkeypatch.setattr(model.offloaded, "on_device", no_room)
     assert model.score_texts("q", RESPONSES).isnan().all()
     assert model.failed == 5 and "could not be moved" in capsys.readouterr().out
 
@@ -266,9 +268,12 @@ def test_the_size_of_a_reward_model_comes_from_its_configuration(reward_model_fo
 
 
 def plan(device: str) -> Plan:
-    """A run that needs the program's share, 4 GB that stay, and 4 GB during the update."""
-    policy = ModelSize(10**9, 0, itemsize=2, activation=4e6, checkpointed=4e6, cache=0.0, vocabulary=0)
-    return Plan(policy, device, 0, 1, 1000, 0, 1, reference=True)
+    """A run that needs the program's share, 2 GB that stay, 2 of the reference, and 4 during the update."""
+    policy = ModelSize(
+        weights=10**9, trained=0, largest=0, itemsize=2, activation=4e6, checkpointed=4e6, recomputed=0.0,
+        backward=0.0, forward=0.0, cache=0.0, hidden=0, vocabulary=0,
+    )  # fmt: skip
+    return Plan(policy, device, 1000, 1, 1000, 0, 1, reference=True)
 
 
 def choose(
@@ -282,7 +287,7 @@ def choose(
 ):
     free, host_free, memory = free_gb * 1e9, host_gb * 1e9, plan(device.type)
     flags = (requested, placement, eight_bit)
-    return choose_reward_model(*flags, policy, memory, device, torch.bfloat16, free, host_free)
+    return choose_reward_model(*flags, policy, memory, device, torch.bfloat16, free, host_free)[0]
 
 
 @pytest.fixture
@@ -290,7 +295,7 @@ def acemath_of_14_gb(monkeypatch):
     """Make every reward model as large as AceMath-7B-RM, so that the hub is not needed."""
 
     def size(name, dtype, eight_bit):
-        return 7e9 * (1 if eight_bit else dtype.itemsize), 0.0
+        return 7e9 * (1 if eight_bit else dtype.itemsize), 0.0, 2e9
 
     monkeypatch.setattr("src.placement.reward_model_bytes", size)
 
@@ -298,22 +303,24 @@ def acemath_of_14_gb(monkeypatch):
 @pytest.mark.parametrize(
     ("free_gb", "host_gb", "requested", "expected"),
     [
-        (24, 99, "auto", "device"),  # 0.8 + 4 + 4 + 14 = 22.8
-        (20, 99, "auto", "offload"),  # 0.8 + 4 + max(4, 14) = 18.8
+        (24, 99, "auto", "device"),  # 0.8 + 2 + 2 + 4 + 14 = 22.8
+        (22, 99, "auto", "device"),  # the reference is in host memory: 20.8
+        (20, 99, "auto", "offload"),  # 0.8 + 2 + 14 = 16.8
+        (15, 99, "auto", "stream"),  # 0.8 + 2 + 4 = 6.8, and 0.8 + 2 + 2 while it scores
         (20, 10, "auto", None),
-        (15, 99, "auto", None),
-        (15, 99, "some/reward-model", "cpu"),
+        (6, 99, "auto", None),
+        (15, 5, "some/reward-model", "device"),  # fits nowhere; check_fits refuses it
         (24, 1, "some/reward-model", "device"),
-        (19, 15, "some/reward-model", "offload"),
-        (13, 99, "some/reward-model", "cpu"),  # 8.8, the same as without a reward model
-        (9.5, 1, "some/reward-model", "device"),  # fits nowhere; check_fits refuses it and names the ways out
+        (19.5, 15, "some/reward-model", "offload"),
+        (13, 99, "some/reward-model", "stream"),
+        (6.5, 99, "some/reward-model", "stream"),  # may fit, if completions are short
     ],
 )
 def test_auto_chooses_the_first_place_with_room(acemath_of_14_gb, free_gb, host_gb, requested, expected):
     choice = choose(free_gb, host_gb, requested)
     assert (choice.placement if choice.name else None) == expected
     if choice.name is None:
-        assert f"{free_gb:.1f} GB are free" in choice.why and "22.8 GB" in choice.why
+        assert f"{free_gb:.1f} GB are free" in choice.why and "need up to" in choice.why
     elif expected == "cpu":
         assert choice.device == CPU
     else:
@@ -325,6 +332,7 @@ def test_a_requested_placement_is_used_whatever_is_free(acemath_of_14_gb):
     assert choose(99, 99, "x", "offload").placement == "offload"
     assert choose(99, 99, "x", "cpu").device == CPU
     assert choose(99, 99, "x", "cpu", device=CPU).placement == "device"
+    assert choose(15, 99, "x", "offload").placement == "stream"
     assert choose(99, 99, "x", eight_bit=True).weights == 7e9
     assert choose(12, 99, "x", eight_bit=True).placement == "cpu"  # int8 is not offloaded
     for placement in ("cuda", "offload"):

@@ -40,14 +40,25 @@ def is_supported(model: PreTrainedModel) -> bool:
     return head_dim % 8 == 0 and head_dim <= 256 and _has_flash_attention()
 
 
-def activation_bytes(config: Any) -> float:
-    """Bytes that a forward pass keeps for the backward pass, per token."""
+def activation_bytes(model: PreTrainedModel) -> tuple[float, float, float, float]:
+    """Bytes per token of the activations.
+
+    Returns:
+        What a forward pass keeps for the backward pass; the inputs of all layers, which it keeps with
+        gradient checkpointing; what the backward pass of one layer adds; and what a forward pass without
+        gradients has in memory at a time.
+    """
+    config = model.config
     hidden, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
     head_dim = architecture.head_dim(config)
+    qkv = 2 * (heads + 2 * config.num_key_value_heads) * head_dim
     norms = 2 * (4 + 2) * hidden  # both norms' input in float32, and their result
-    attention = 2 * (heads + 2 * config.num_key_value_heads) * head_dim + 2 * heads * head_dim + 4 * heads
+    attention = qkv + 2 * heads * head_dim + 4 * heads
     mlp = 2 * (2 * inner + inner)  # gate and up, and their product
-    return float(config.num_hidden_layers * (norms + attention + mlp))
+    layer = norms + attention + mlp
+    inputs = (4 + 2) * hidden  # the stream, and what will be added to it
+    layers = config.num_hidden_layers
+    return float(layers * layer), float(layers * inputs), float(inputs + mlp), float(2 * inputs + mlp)
 
 
 @functools.lru_cache

@@ -19,6 +19,7 @@ from src.engine.token_log_probs import TokenLogProbs
 
 PASS_COST = 64  # the cost of one more forward and backward pass, in tokens
 PACKED_TOKENS = 768  # the length limit of a packed row, because attention is quadratic
+REFERENCE_PASS = 4  # how many times as many completions a pass of the reference holds: it keeps nothing
 
 
 @dataclass
@@ -66,14 +67,23 @@ def micro_batches(
     lengths = samples.host.attention_mask.sum(dim=1)  # (B,)
     longest_prompt = int((lengths - samples.host.lengths).max())
     # The memory plan counts on this limit, even if few completions of each question are left.
-    prompts = -(-size // samples.group_size)
-    max_tokens = size * int(samples.host.lengths.max()) + prompts * longest_prompt
+    completions, prompts = largest_pass(size, samples.group_size)
+    max_tokens = completions * int(samples.host.lengths.max()) + prompts * longest_prompt
     batches = []
     for packed_rows in _cheapest_passes(packed, size, None if padded else max_tokens):
         groups = [packed_row.rows for packed_row in packed_rows]
         flat = [row for group in groups for row in group]
         batches.append(MicroBatch(torch.tensor(flat), groups, int(lengths[flat].max()) - 1))
     return batches
+
+
+def largest_pass(size: int, group_size: int) -> tuple[int, int]:
+    """How many completions and prompts an unpadded pass of at most `size` completions has at most.
+
+    They are as many complete groups as fit, or part of one group.
+    """
+    groups = size // group_size
+    return (groups * group_size, groups) if groups else (size, 1)
 
 
 def _pack(samples: Samples, rows: torch.Tensor, size: int, max_tokens: int | None) -> list[_PackedRow]:

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from src import parallel
+from src.engine import static_decoder
 from src.engine.memory import BatchSize
 from src.engine.sampler import Samples, Sampling, sample
 
@@ -21,12 +22,14 @@ def roll_out(
     sampling: Sampling,
     generator: torch.Generator,
     at_once: BatchSize,
+    free_cache: bool = False,
 ) -> Samples:
     """Sample `group_size` completions of each of Q prompts.
 
     Args:
         generator: A random generator that has the same state in every process, before and after the call.
         at_once: How many completions to sample in one batch.
+        free_cache: Free the decoder's cache on a GPU afterwards, which `static_decoder` otherwise keeps.
 
     Returns:
         All B = Q x group_size completions. Every process returns all of them.
@@ -44,6 +47,8 @@ def roll_out(
         return parts, ends
 
     parts, ends = at_once.fit(sample_mine)
+    if free_cache:
+        static_decoder.release()
     generator.set_state(max(parallel.gather(ends), key=lambda end: end[0])[1])
     if parallel.processes() > 1:
         everywhere = parallel.gather([part.to(torch.device("cpu")) for part in parts])

@@ -89,7 +89,7 @@ class TokenLogProbs(torch.autograd.Function):
         hidden, weight, bias, targets, log_sum_exp = ctx.saved_tensors
         dtype, d_log_probs = hidden.dtype, d_log_probs.contiguous()
         d_target = d_log_probs[:, None] / ctx.temperature  # (N, 1), the gradient from onehot(y)
-        if hidden.device.type == "cuda":
+        if hidden.device.type != "cpu":
             return _gradients_on_gpu(ctx, d_target)
         d_hidden = weight[targets] * d_target  # (N, D) float32
         d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None

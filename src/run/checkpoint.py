@@ -184,18 +184,12 @@ class Checkpoints:
                 f"--resume {folder}: its weights do not match the model; "
                 "pass the model that the run started from"
             )
-        with torch.no_grad():
+        master, optimizer = self.state.master, self.state.optimizer
+        with torch.no_grad(), master.on_device(optimizer):
             for name, parameter in parameters.items():
                 parameter.copy_(weights[name])
-        self.state.master.write_back()
-        moments = {
-            # Cloned, because the optimizer must not hold views of the file.
-            i: {part: values[name].clone() for part, values in tensors.items() if name in values}
-            for i, name in enumerate(parameters)
-            if any(name in values for values in tensors.values())
-        }
-        optimizer = self.state.optimizer
-        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+            master.write_back()
+            master.load_moments(optimizer, tensors)
         self._restore_randomness(progress.randomness, progress.step)
         return progress
 
