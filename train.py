@@ -55,7 +55,7 @@ from src.engine.logprobs import REFERENCE_PASS, completion_log_probs, micro_batc
 from src.engine.master_weights import MasterWeights
 from src.engine.memory import BatchSize
 from src.engine.rollout import roll_out
-from src.engine.sampler import Samples, Sampling, decode, sample
+from src.engine.sampler import Samples, Sampling, decode, reserve, sample
 from src.errors import InputError, TrainingError
 from src.evaluation import evaluate, evaluate_only
 from src.grpo import UpdateSettings, compute_advantages, kl_estimate, policy_loss, token_weights
@@ -397,6 +397,9 @@ def warmup(
     console.say("Running warmup to determine reward model bounds...")
     if reward_model is None:
         return Calibration()
+    longest = max(len(problem.prompt_ids) for problem in problems)
+    columns = min(args.max_length, longest + (args.max_new_tokens or args.max_length))
+    reserve(policy, args.rollouts_per_step * args.group_size, columns)
     generator = torch.Generator(policy.device).manual_seed(args.seed + 1)
     chosen = [problems[i % len(problems)] for i in range(args.warmup_samples)]
     samples = sample(policy, [list(problem.prompt_ids) for problem in chosen], 1, sampling, generator)

@@ -19,10 +19,9 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT))
 
-from step import Task, start, take_step  # noqa: E402
-
+from benchmarks.step import Task, start, take_step  # noqa: E402
 from src.threads import COUNT_VARIABLES, WAITING_VARIABLES  # noqa: E402
 
 # How threads wait: environment variables. Without any, the default of src/threads.py applies.

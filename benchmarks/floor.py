@@ -13,18 +13,18 @@ from time import perf_counter
 from typing import Literal
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT))
 
 import src  # noqa: E402, F401  (first, because it decides how threads wait, before torch loads)
 
 # isort: split
-import step  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 import tyro  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
+from benchmarks import step  # noqa: E402
 from src import models  # noqa: E402
 from src.engine import decoder, llama  # noqa: E402
 

@@ -7,6 +7,7 @@
     oom       gradients after a backward pass that really ran out of memory, against those without
     reward    the 7B reward model on the card, and offloaded
     step      a whole step, beside TRL's GRPOTrainer
+    count     bytes, operations and kernels of a decode step and of an update pass; needs no GPU
     train     train.py itself: TinyLlama with a 7B reward model, its plan beside what nvidia-smi says
 
 Models are random, with the configurations of TinyLlama-1.1B-Chat and AceMath-7B-RM. Every subcommand prints
@@ -39,11 +40,10 @@ from transformers import (
 )
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
-from memory import ACEMATH_RM, TINYLLAMA  # noqa: E402
+sys.path.insert(0, str(ROOT))
 
 import train as trainer  # noqa: E402
+from benchmarks.memory import ACEMATH_RM, TINYLLAMA  # noqa: E402
 from src import models  # noqa: E402
 from src.engine import sampler, static_decoder  # noqa: E402
 from src.engine.logprobs import completion_log_probs, micro_batches  # noqa: E402
@@ -525,8 +525,30 @@ def train(steps: int = 3, reward_model: bool = True, flags: str = "") -> None:
         shutil.rmtree(folder)
 
 
+def count() -> None:
+    """Count what a decode step and an update pass of the default step do, without a GPU."""
+    from benchmarks import gpu_counts  # here, because it loads fake tensors
+
+    rows, columns = QUESTIONS * GROUP, PROMPT + COMPLETION
+    traffic, ideal = gpu_counts.count_decode(rows, columns)
+    total = traffic.total
+    report(
+        "count decode", rows=rows, columns=columns, gb=total.bytes / 1e9,
+        of_weights_and_cache=total.bytes / ideal, kernels=total.launches, host_reads=traffic.reads,
+        roofline_ms=1e3 * total.seconds,
+    )  # fmt: skip
+    for completions in (GROUP, 2 * GROUP):
+        traffic, utilization = gpu_counts.count_update(completions, completions, PROMPT, COMPLETION)
+        total = traffic.total
+        report(
+            "count update", completions=completions, gb=total.bytes / 1e9, operations=total.operations,
+            kernels=total.launches, host_reads=traffic.reads, roofline_s=total.seconds, mfu=utilization,
+            in_products=traffic.kernels["mm"].seconds / total.seconds,
+        )  # fmt: skip
+
+
 if __name__ == "__main__":
     set_up_cuda()
     tyro.extras.subcommand_cli_from_dict(
-        {f.__name__: f for f in (probe, decode, gap, update, oom, reward, train, step)}
+        {f.__name__: f for f in (probe, decode, gap, update, oom, reward, count, train, step)}
     )

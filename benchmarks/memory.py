@@ -55,7 +55,7 @@ def plans() -> dict[str, tuple[Plan, tuple[str, ...]]]:
         in_bfloat16, in_int8 = (
             reward_model_bytes(reward_model, torch.bfloat16, eight_bit) for eight_bit in (False, True)
         )
-    alone = Plan(full, "cuda", 64, 8, 8, PROMPT, COMPLETION, reference=True, optimizer_steps=4)
+    alone = Plan(full, "cuda", 64, 8, 8, PROMPT, COMPLETION, reference=True, optimizer_steps=8, passes=1)
     plan = with_reward_model(alone, in_bfloat16)
     with_lora = replace(plan, policy=lora, reference=False)
     anywhere, fixed = ("stays", "visits", "streams"), ("stays",)

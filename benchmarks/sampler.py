@@ -19,10 +19,9 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT))
 
-from step import in_turns  # noqa: E402
-
+from benchmarks.step import in_turns  # noqa: E402
 from src import models  # noqa: E402
 from src.engine.master_weights import MasterWeights  # noqa: E402
 from src.engine.memory import keep_freed_memory  # noqa: E402

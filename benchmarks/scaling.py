@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT))
 
-import step  # noqa: E402
+from benchmarks import step  # noqa: E402
 
 BASE = {"prompt": 64, "group": 8, "tokens": 32, "questions": 2}
 AXES = {"prompt": (64, 256, 512), "group": (4, 8, 16, 32), "tokens": (32, 64, 128), "questions": (2, 4, 8)}

@@ -150,19 +150,18 @@ def policy_plan(
     """
     if args.lora_rank:
         models.add_lora(skeleton, args.lora_rank)
+    completions = args.rollouts_per_step * args.group_size
     return Plan(
         measure(skeleton, device.type),
         device.type,
-        completions=args.rollouts_per_step * args.group_size,
+        completions=completions,
         group_size=args.group_size,
         micro_batch_size=args.micro_batch_size,
         prompt_length=max(lengths),
         completion_length=min(args.max_new_tokens or args.max_length, args.max_length - min(lengths)),
         reference=args.kl_weight > 0 and not args.lora_rank,
-        optimizer_steps=args.epochs_per_step
-        * args.rollouts_per_step
-        * args.group_size
-        // args.train_batch_size,
+        optimizer_steps=args.epochs_per_step * completions // args.train_batch_size,
+        passes=-(-args.train_batch_size // args.micro_batch_size),
         gradient_checkpointing=args.gradient_checkpointing,
     )
 

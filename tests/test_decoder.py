@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, MistralConfig, Qwen2Config, Qwen3Config
 
-from src.engine import decoder, kernels, llama
+import train
+from src.engine import decoder, kernels, llama, sampler
 from src.engine.decoder import LlamaDecoder
 from src.engine.general_decoder import GeneralDecoder
 from src.engine.sampler import make_decoder
@@ -256,6 +257,37 @@ def test_the_decoder_for_gpus_is_reused_for_smaller_batches_and_replaced_only_fo
     assert static_decoder._saved_decoders[policy].max_rows == 9 * len(PROMPTS)
     longer = static_decoder.static_decoder(policy, 1, 1000)
     assert (longer.max_rows, longer.max_columns) == (9 * len(PROMPTS), 1024)
+
+
+def test_the_warmup_compiles_the_decoder_that_the_rollouts_use(tiny, reward_model_folder, monkeypatch):
+    """Otherwise a run would compile one for the few completions of the warmup, and soon another."""
+    from src.engine import static_decoder
+
+    monkeypatch.setattr(llama, "is_supported", lambda model: False)
+    monkeypatch.setattr(static_decoder, "can_compile", lambda model: True)
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compiled.append(function) or function)
+    settings = dict(reward_model_name=str(reward_model_folder), warmup_samples=3, max_steps=1)
+    train.main(**tiny | settings)
+    assert len(compiled) == 1
+
+
+def test_the_general_decoder_checks_less_often_where_a_check_waits_for_a_device(policy, monkeypatch):
+    policy.lm_head.weight.data[2] += 0.3
+    monkeypatch.setattr(llama, "is_supported", lambda model: False)
+    expected = run(policy, group_size=8)
+    for device, every in (("cpu", 1), ("mps", 16), ("cuda", 16)):
+        assert GeneralDecoder(SimpleNamespace(device=torch.device(device))).check_every == every
+
+    class Rarely(GeneralDecoder):
+        def __init__(self, model):
+            super().__init__(model)
+            self.check_every = 16
+
+    monkeypatch.setattr(sampler, "GeneralDecoder", Rarely)
+    ours = run(policy, group_size=8)
+    assert ours.completion_ids() == expected.completion_ids()
+    assert torch.equal(ours.finished, expected.finished)
 
 
 def test_the_decoder_for_gpus_frees_its_cache_if_memory_runs_out_and_the_next_one_is_smaller(policy):

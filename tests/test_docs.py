@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from benchmarks import memory
 from tests.conftest import ROOT
 from tests.tools import walk
 
@@ -33,10 +34,7 @@ def test_the_figures_are_what_the_script_draws(tmp_path, monkeypatch):
         assert text == (ROOT / "docs" / name).read_text(), f"{name}: run python docs/figures.py"
 
 
-def test_the_memory_tables_are_what_the_plan_computes(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import memory
-
+def test_the_memory_tables_are_what_the_plan_computes():
     for table in memory.tables().split("\n\n"):
         assert table in (ROOT / "docs/memory.md").read_text(), "run python benchmarks/memory.py"
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from src.console import warn
 from src.engine import architecture, cuda_llama, llama
-from src.engine.decoder import PREFILL_TOKENS
+from src.engine.decoder import CHECK_EVERY, PREFILL_TOKENS
 from src.engine.linear import make_head
 from src.errors import first_line
 
@@ -28,7 +28,7 @@ class GraphDecoder:
         max_columns: Maximum number of tokens in a row, including its prompt.
     """
 
-    check_every, can_drop_rows = 16, False
+    check_every, can_drop_rows = CHECK_EVERY, False
 
     def __init__(self, model: PreTrainedModel, max_rows: int, max_columns: int):
         if architecture.has_plain_layers(model):

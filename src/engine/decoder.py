@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from src.engine import kernels, llama
 from src.engine.linear import Linear, PackedWeight, cat_biases, cat_weights, make_head, make_linear
 
+CHECK_EVERY = 16  # tokens between checks for finished rows, for each of which the host waits for a GPU
 PREFILL_TOKENS = 4096  # prompts are read in batches of about this many tokens
 
 

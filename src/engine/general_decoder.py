@@ -3,14 +3,17 @@
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from src.engine.decoder import CHECK_EVERY
+
 
 class GeneralDecoder:
     """A decoder for any causal language model; see `decoder.Decoder` for its methods."""
 
-    check_every, can_drop_rows = 1, True
+    can_drop_rows = True
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
+        self.check_every = 1 if model.device.type == "cpu" else CHECK_EVERY
 
     def prefill(self, prompt_ids: list[list[int]], group_size: int, pad_id: int) -> torch.Tensor:
         self.cache, logits, mask = prefill_cache(self.model, prompt_ids, pad_id)

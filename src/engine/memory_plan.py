@@ -45,6 +45,7 @@ class Plan:
     completion_length: int  # tokens in the longest completion
     reference: bool  # whether a frozen copy of the policy is kept
     optimizer_steps: int = 1  # in each step of the run
+    passes: int = 2  # forward and backward passes of each optimizer step
     reward_weights: float = 0.0  # bytes on the device that trains
     reward_activations: float = 0.0  # bytes, while it scores
     reward_piece: float = 0.0  # bytes of its weights on the device if it streams
@@ -98,15 +99,6 @@ class Plan:
         on_gpu = self.device == "cuda"
         cache = self.completions * p.cache * (cache_columns(columns) if on_gpu else columns)
         kept = {"kept cache": cache if on_gpu and not self.frees_cache else 0.0}
-        logits = self._logits(self.micro_batch_size)
-        activations = self.activations(logits)
-        # The sums of the gradients in float32, and a pass's own gradients, each of which is freed as soon as
-        # it is added to them; only llama.py returns them all at once, when its activations are freed.
-        gradients = 4.0 * p.trained
-        if p.itemsize < 4 and self.device == "cpu":
-            gradients += max(0.0, float(p.trained * p.itemsize) - logits - activations)
-        elif p.itemsize < 4:
-            gradients += float(p.largest * p.itemsize)
         return {
             "rollout": {
                 "cache": cache,
@@ -119,19 +111,31 @@ class Plan:
                 "activations": self.tokens(REFERENCE_PASS * self.micro_batch_size) * p.forward,
                 **kept,
             },
-            "update": {"gradients": gradients, "logits": logits, "activations": activations, **kept},
+            "update": {**self._update(), **kept},
         }
 
-    def activations(self, logits: float) -> float:
-        """Bytes of the activations of an update's largest pass.
-
-        Args:
-            logits: Bytes of its logits, which are freed before the backward pass reaches the layers.
-        """
+    def _update(self) -> dict[str, float]:
+        """The bytes that an update's largest pass adds at its peak."""
         p, tokens = self.policy, self.tokens(self.micro_batch_size)
-        kept = p.checkpointed if self.gradient_checkpointing else p.activation
-        in_a_layer = p.backward + (p.recomputed if self.gradient_checkpointing else 0.0)
-        return tokens * kept + max(0.0, tokens * in_a_layer - logits)
+        kept = tokens * (p.checkpointed if self.gradient_checkpointing else p.activation)
+        in_a_layer = tokens * (p.backward + (p.recomputed if self.gradient_checkpointing else 0.0))
+        # The logits are freed before the backward pass reaches the layers.
+        logits = self._logits(self.micro_batch_size)
+        activations = kept + max(0.0, in_a_layer - logits)
+        # The sums of the gradients in float32, and the pass's own gradients. Each of those is freed as soon as
+        # it is added to the sums; only llama.py returns all at once, when its activations are freed.
+        own = float(p.itemsize * p.largest) if p.itemsize < 4 else 0.0
+        if p.itemsize < 4 and self.device == "cpu":
+            own = max(0.0, float(p.itemsize * p.trained) - logits - activations)
+        sums = 4.0 * p.trained
+        if self.passes == 1 and p.flat and self.device == "cuda":
+            # The sums grow from the head down, while the activations of one layer after the other are freed.
+            first = 4.0 * p.largest
+            if first + logits + activations > sums + in_a_layer:
+                sums = first
+            else:
+                logits, activations = 0.0, in_a_layer
+        return {"gradients": sums + own, "logits": logits, "activations": activations}
 
     def _logits(self, completions: int, backward: bool = True) -> float:
         """Bytes of the logits of a pass, of which only a block of the vocabulary exists at a time."""

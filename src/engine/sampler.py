@@ -7,6 +7,7 @@ ones are dropped from it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from dataclasses import dataclass, replace
 from typing import Any
@@ -155,6 +156,16 @@ def make_decoder(model: PreTrainedModel, rows: int, columns: int) -> Decoder:
     return GeneralDecoder(model)
 
 
+def reserve(model: PreTrainedModel, rows: int, columns: int) -> None:
+    """Make a decoder that is large enough for all batches of a run, if it is one that is kept (on a GPU).
+
+    Otherwise, a small first batch would compile a decoder that is soon replaced. That can take half a minute.
+    """
+    if not llama.is_supported(model) and static_decoder.can_compile(model):
+        with contextlib.suppress(torch.OutOfMemoryError):  # the first rollout will try smaller batches
+            static_decoder.static_decoder(model, rows, columns)
+
+
 def decode(tokenizer: PreTrainedTokenizerBase, samples: Samples) -> list[str]:
     """Text of each of the B completions, without special tokens."""
     ids = samples.completion_ids()
@@ -261,22 +272,19 @@ class _PartialCompletions:
         """Put each completion directly after its prompt."""
         device = self.tokens.device
         prompts = [torch.tensor(ids) for ids in prompt_ids for _ in range(group_size)]  # B
-        starts = torch.tensor([len(ids) for ids in prompts], device=device)  # (B,)
-        ends = starts + self.counts
-        length = int(ends.max())  # T
-        column = torch.arange(length, device=device)
-        completion = (column >= starts[:, None]) & (column < ends[:, None])  # (B, T)
-        sampled = torch.arange(self.tokens.shape[1], device=device) < self.counts[:, None]  # (B, C)
-        padded = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)  # (B, P)
-        sequence_ids = torch.full((len(prompts), length), self.pad_id, device=device)  # (B, T)
-        prompt = column[: padded.shape[1]] < starts[:, None]  # (B, P)
-        sequence_ids[:, : padded.shape[1]][prompt] = padded.to(device)[prompt]
-        sequence_ids[completion] = self.tokens[sampled]
-        log_probs = torch.zeros(completion.shape, device=device)  # (B, T)
-        log_probs[completion] = self.log_probs[sampled]
+        starts = torch.tensor([[len(ids)] for ids in prompts], device=device)  # (B, 1)
+        ends = starts + self.counts[:, None]
+        column = torch.arange(int(ends.max()), device=device)  # (T,)
+        completion = (column >= starts) & (column < ends)  # (B, T)
+        at = (column - starts).clamp(0, self.tokens.shape[1] - 1)  # (B, T), in `tokens`
+        padded = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True).to(device)  # (B, P)
+        prompt = padded[:, column.clamp(max=padded.shape[1] - 1)]  # (B, T)
+        # Not by boolean masks, for each of which the host would wait for a GPU.
+        sequence_ids = torch.where(completion, self.tokens.gather(1, at), self.pad_id)
+        log_probs = torch.where(completion, self.log_probs.gather(1, at), 0.0)
         return Samples(
-            sequence_ids=sequence_ids,
-            attention_mask=column < ends[:, None],
+            sequence_ids=torch.where(column < starts, prompt, sequence_ids),
+            attention_mask=column < ends,
             action_mask=completion[:, 1:],  # one column shorter: entry t is about predicting token t + 1
             log_probs=log_probs[:, 1:].contiguous(),
             finished=self.finished,

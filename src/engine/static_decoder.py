@@ -17,11 +17,11 @@ from src.console import say, warn
 from src.engine import cuda_llama
 from src.engine.architecture import can_pack
 from src.engine.cuda_decoder import GraphDecoder
+from src.engine.decoder import CHECK_EVERY
 from src.engine.general_decoder import prefill_cache
 from src.errors import first_line
 
 COLUMNS = 256  # the cache's length is a multiple of this, so one compilation serves many lengths
-CHECK_EVERY = 16
 
 # One decoder per model. It is kept, because a captured step only works at the addresses of its cache.
 _saved_decoders: "weakref.WeakKeyDictionary[PreTrainedModel, StaticDecoder | GraphDecoder]" = (

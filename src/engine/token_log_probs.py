@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from src.engine import kernels
+from src.engine.fused import fused
 from src.engine.linear import make_head, make_linear, map_bias
 
 VOCABULARY_BLOCK = 1024  # logits per token at a time on a CPU, so that 2,000 tokens fit in its cache
@@ -33,15 +34,45 @@ class LogSumExp:
         self.target_logits = torch.empty_like(self.log_sum_exp)  # (n,), divided by the temperature
 
     def add(self, logits: torch.Tensor, start: int) -> None:
-        """Add logits (n, v) float32 of the vocabulary entries starting at `start`. May change the logits."""
-        logits.div_(self.temperature)
-        self.log_sum_exp = torch.logaddexp(self.log_sum_exp, logits.logsumexp(dim=1))
+        """Add logits (n, v) float32 of the vocabulary entries starting at `start`."""
         column, here = find_in_block(self.targets, start, logits.shape[1])
-        self.target_logits = torch.where(here, logits.gather(1, column[:, None])[:, 0], self.target_logits)
+        total, target_logits = sum_block(logits, column[:, None], self.temperature)
+        self.log_sum_exp = torch.logaddexp(self.log_sum_exp, total)
+        self.target_logits = torch.where(here, target_logits, self.target_logits)
 
     def value(self) -> torch.Tensor:
         """The log-sum-exp (n,) float32 of all logits so far."""
         return self.log_sum_exp
+
+
+@fused
+def sum_block(
+    logits: torch.Tensor, column: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The log-sum-exp (n,) of tempered logits (n, v), and those in the columns (n, 1), as (n,)."""
+    return (logits / temperature).logsumexp(dim=1), logits.gather(1, column)[:, 0] / temperature
+
+
+@fused
+def logits_gradient(
+    logits: torch.Tensor,
+    log_sum_exp: torch.Tensor,
+    column: torch.Tensor,
+    d_target: torch.Tensor,
+    temperature: float,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The gradient of the targets' log-probs with respect to a block's logits, (n, v) in `dtype`.
+
+    Args:
+        logits: (n, v) float32.
+        log_sum_exp: (n, 1) float32, of all tempered logits.
+        column: (n, 1) int64, the target's column in this block, or v if it is in another.
+        d_target: (n, 1) float32, the gradient of the target's logit.
+    """
+    probs = (logits / temperature - log_sum_exp).exp()
+    is_target = torch.arange(logits.shape[1], device=logits.device) == column
+    return torch.where(is_target, d_target - probs * d_target, -probs * d_target).to(dtype)
 
 
 def find_in_block(targets: torch.Tensor, start: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -131,15 +162,15 @@ def _gradients_on_gpu(ctx: Any, d_target: torch.Tensor) -> tuple[torch.Tensor | 
     d_bias = torch.empty_like(bias) if ctx.needs_input_grad[2] else None
     for block in _vocabulary_blocks(weight, bias):
         logits = make_head(block.weight, block.bias)(hidden)  # (N, v)
-        probs = logits.div_(ctx.temperature).sub_(log_sum_exp[:, None]).exp_()
         column, here = find_in_block(targets, block.entries.start, len(block.weight))
-        d_logits = probs.mul_(-d_target).scatter_add_(1, column[:, None], d_target * here[:, None])
-        rounded = d_logits.to(hidden.dtype)
-        d_hidden += rounded @ block.weight
+        column = torch.where(here, column, len(block.weight))
+        given = (log_sum_exp[:, None], column[:, None], d_target, ctx.temperature, hidden.dtype)
+        d_logits = logits_gradient(logits, *given)
+        d_hidden += d_logits @ block.weight
         if d_weight is not None:
-            torch.mm(rounded.T, hidden, out=d_weight[block.entries])
+            torch.mm(d_logits.T, hidden, out=d_weight[block.entries])
         if d_bias is not None:
-            torch.sum(rounded, dim=0, out=d_bias[block.entries])
+            torch.sum(d_logits, dim=0, out=d_bias[block.entries])
     return d_hidden.to(hidden.dtype), d_weight, d_bias, None, None
 
 
@@ -151,5 +182,7 @@ class _VocabularyBlock(NamedTuple):
 
 def _vocabulary_blocks(weight: torch.Tensor, bias: torch.Tensor | None) -> list[_VocabularyBlock]:
     size = vocabulary_block(weight.device.type)
+    if weight.device.type != "cpu":  # blocks of the same size, so that one compiled kernel serves all of them
+        size = -(-len(weight) // -(-len(weight) // size))
     parts = [slice(start, min(start + size, len(weight))) for start in range(0, len(weight), size)]
     return [_VocabularyBlock(p, weight[p], map_bias(itemgetter(p), bias)) for p in parts]
