@@ -122,8 +122,8 @@ class Plan:
         # The logits are freed before the backward pass reaches the layers.
         logits = self._logits(self.micro_batch_size)
         activations = kept + max(0.0, in_a_layer - logits)
-        # The sums of the gradients in float32, and the pass's own gradients. Each of those is freed as soon as
-        # it is added to the sums; only llama.py returns all at once, when its activations are freed.
+        # The sums of the gradients in float32, and the pass's own gradients. Each of those is freed when
+        # it has been added to the sums; only llama.py returns all at once, as its activations are freed.
         own = float(p.itemsize * p.largest) if p.itemsize < 4 else 0.0
         if p.itemsize < 4 and self.device == "cpu":
             own = max(0.0, float(p.itemsize * p.trained) - logits - activations)
