@@ -60,13 +60,13 @@ from src.errors import InputError, TrainingError
 from src.evaluation import evaluate, evaluate_only
 from src.grpo import UpdateSettings, compute_advantages, kl_estimate, policy_loss, token_weights
 from src.hybrid_reward import Calibration, RewardSettings, hybrid_rewards
-from src.hyperparameters import check_hyperparameters, select
+from src.hyperparameters import check_hyperparameters, resumable, select
 from src.math_verifier import MathVerifier
 from src.problems import Problem, load_problems, with_prompts
 from src.report.page import renew_report
 from src.reward_model import AceRewardModel
 from src.run.checkpoint import Progress, TrainingState, save_model
-from src.run.resume import defaults_of, locate_run, named_flags, open_run, resumable, say_settings
+from src.run.resume import defaults_of, locate_run, named_flags, open_run, say_settings
 from src.run.signals import Stopped, StopSignals
 from src.run.stdout import PatientStream
 from src.run.trackers import log_completions, start_trackers

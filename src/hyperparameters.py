@@ -1,14 +1,21 @@
-"""Check the values of main()'s parameters, each on its own and in combination."""
+"""Check the values of main()'s parameters: their types, each on its own, and in combination."""
 
+import difflib
+import functools
+import inspect
 import math
+import types
+from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 
 from src import console
 from src.errors import InputError
+from src.run.resume import defaults_of, resumed_settings
 from src.run.trackers import check_trackers, chosen_trackers
 
 T = TypeVar("T")
@@ -32,6 +39,75 @@ def select(record: type[T], args: SimpleNamespace, **others: Any) -> T:
     # The type is ignored because mypy does not know that `record` is a dataclass.
     names = [f.name for f in fields(record) if f.name not in others]  # type: ignore[arg-type]
     return record(**{name: getattr(args, name) for name in names}, **others)
+
+
+def resumable(main: Callable[..., Path]) -> Callable[..., Path]:
+    """Decorate main(): check the types of what is passed, and with `resume`, take the rest from the run."""
+
+    @functools.wraps(main)
+    def run(*args: Any, **kwargs: Any) -> Path:
+        given = inspect.signature(main).bind(*args, **kwargs).arguments
+        check_types(main, given)
+        if given.get("resume"):
+            given = resumed_settings(main, given)
+            check_types(main, given)  # config.json may have been edited
+        return main(**given)
+
+    return run
+
+
+def check_types(main: Callable, given: dict[str, Any]) -> None:
+    """Reject values that do not have the types in main()'s annotations. The command line has its own check.
+
+    Raises:
+        InputError: A value has another type, or is not one of the choices.
+    """
+    annotations, defaults = get_type_hints(main), defaults_of(main)
+    for name, value in given.items():
+        if accepts(annotations[name], value):
+            continue
+        rule, choices = describe(annotations[name]), choices_in(annotations[name])
+        similar = difflib.get_close_matches(str(value).lower(), choices, n=1)
+        way_out = "None is the default"
+        if similar:
+            way_out = f"did you mean {[similar[0]] if 'list' in rule else similar[0]!r}?"
+        elif defaults[name] is not None:
+            way_out = f"for example {defaults[name]!r}"
+        shown = f"--{name.replace('_', '-')} {value!r} ({type(value).__name__})"
+        raise InputError(f"{shown}: must be {rule}; {way_out}")
+
+
+def accepts(annotation: Any, value: Any) -> bool:
+    """Whether an annotation of main() allows a value. Integers are numbers; True and False are not."""
+    if isinstance(annotation, types.UnionType):
+        return any(accepts(part, value) for part in get_args(annotation))
+    if get_origin(annotation) is Literal:
+        return isinstance(value, str) and value in get_args(annotation)
+    if get_origin(annotation) is list:
+        return isinstance(value, list) and all(accepts(get_args(annotation)[0], item) for item in value)
+    if isinstance(value, bool):
+        return annotation is bool
+    return isinstance(value, (int, float) if annotation is float else annotation)
+
+
+def describe(annotation: Any) -> str:
+    """The values that an annotation of main() allows, in words."""
+    if get_origin(annotation) is Literal:
+        choices = [repr(choice) for choice in get_args(annotation)]
+        return " or ".join([", ".join(choices[:-1]), choices[-1]])
+    if get_origin(annotation) is list:
+        return f"a list of {describe(get_args(annotation)[0])}"
+    if isinstance(annotation, types.UnionType):
+        return ", or ".join(map(describe, get_args(annotation)))
+    words = {int: "an integer", float: "a number", bool: "True or False", str: "text", type(None): "None"}
+    return words[annotation]
+
+
+def choices_in(annotation: Any) -> list[str]:
+    """All choices in an annotation; none if there are no Literals in it."""
+    if get_origin(annotation) is Literal:
+        return list(get_args(annotation))
+    return [choice for part in get_args(annotation) for choice in choices_in(part)]
 
 
 def check_hyperparameters(args: SimpleNamespace) -> None:

@@ -3,13 +3,20 @@
 import json
 import math
 import random
+import re
 import string
 import sys
+import types
+import typing
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 import train
+from src.errors import InputError
+from src.hyperparameters import choices_in
 from tests.conftest import as_flags
 
 CASES = 500
@@ -145,3 +152,68 @@ def test_generated_bad_input_ends_with_one_message(case, tmp_path, monkeypatch, 
         assert "\x1b" not in message, shown
         assert snapshot(tmp_path) == before, shown
         assert not Path(settings.get("output", tmp_path / "output")).exists(), shown
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Values that only Python can pass
+
+WRONG: dict[type, list] = {
+    int: [True, 2.0, math.nan, "8", "", "none", np.int64(8), torch.tensor(3), [8], (8,), {}, 1 + 2j, b"8"],
+    float: [False, "1e-5", "", "high", np.array([1]), torch.tensor(0.5), [0.5], {}, 1j, print],
+    str: [3, 0.5, True, b"text", Path("folder"), ["text"], {}, object()],
+    bool: [0, 1, "yes", "", "False", 0.0, [], np.True_],
+}
+
+
+def base_of(annotation) -> tuple[type, bool]:
+    """The type of a parameter, for a choice str, and whether it may be None."""
+    parts = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    kind = parts[0]
+    return (kind if kind in WRONG else str), type(None) in parts
+
+
+def misspell(draw: random.Random, word: str) -> str:
+    """A choice with another case, a letter too many or too few, or two letters exchanged."""
+    i = draw.randrange(len(word))
+    return draw.choice(
+        [word.upper(), word.title(), word[:i] + word[i + 1 :], word[:i] + "x" + word[i:], word + " "]
+    )
+
+
+@pytest.mark.parametrize("number", range(300))
+def test_a_value_of_the_wrong_type_or_a_misspelled_choice_is_one_message(tiny, monkeypatch, number):
+    """Once, main(reward_mode="Hybrid") trained with another reward."""
+    draw = random.Random(number)
+    annotations = typing.get_type_hints(train.main)
+    del annotations["return"]
+    name = draw.choice(list(annotations))
+    annotation = annotations[name]
+    kind, may_be_none = base_of(annotation)
+    choices = choices_in(annotation)
+    if choices and draw.random() < 0.7:
+        value = misspell(draw, draw.choice(choices))
+        value = [value] if name == "tracker" else value
+    else:
+        wrong = WRONG[kind] if name != "tracker" else ["wandb", ("wandb",), [1], {}, 3]
+        value = draw.choice(wrong + [None] * (not may_be_none))
+    monkeypatch.setattr(train, "load_problems", lambda *_: pytest.fail("went on"))
+    with pytest.raises(InputError) as error:
+        train.main(**tiny | {name: value})
+    message = str(error.value)
+    assert message.startswith(f"--{name.replace('_', '-')} {value!r} ({type(value).__name__}): must be ")
+    assert "; " in message and "\n" not in message
+    assert not Path(tiny["output"]).exists()
+
+
+def test_the_way_out_of_a_misspelled_choice_is_the_choice_itself():
+    for given, meant in (
+        (dict(reward_mode="Hybrid"), "did you mean 'hybrid'?"),
+        (dict(reward_scorer="sigmod"), "did you mean 'sigmoid'?"),
+        (dict(tracker="tensorboard"), "did you mean ['tensorboard']?"),
+        (dict(lr="1e-5"), "must be a number; for example 5e-06"),
+        (dict(max_steps=2.0), "must be an integer, or None; None is the default"),
+        (dict(rm_bounds="none"), "must be 'warmup' or 'group'; for example 'warmup'"),
+        (dict(advantage_scale="max"), "must be 'batch', 'group' or 'none'; for example 'batch'"),
+    ):
+        with pytest.raises(InputError, match=re.escape(meant)):
+            train.main(**given)

@@ -1,6 +1,5 @@
 """Open a run: create a new one, or resume one with its own settings, data and models."""
 
-import functools
 import hashlib
 import inspect
 import json
@@ -38,17 +37,6 @@ DATA_FILES = ("data", "eval_data")
 
 # ----------------------------------------------------------------------------------------------------------
 # Settings of a resumed run
-
-
-def resumable(main: Callable[..., Path]) -> Callable[..., Path]:
-    """Decorate main(): with `resume`, parameters that are not passed come from the run's config.json."""
-
-    @functools.wraps(main)
-    def run(*args: Any, **kwargs: Any) -> Path:
-        given = inspect.signature(main).bind(*args, **kwargs).arguments
-        return main(**(resumed_settings(main, given) if given.get("resume") else given))
-
-    return run
 
 
 def defaults_of(main: Callable) -> dict[str, Any]:
