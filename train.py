@@ -55,7 +55,8 @@ from src.engine.logprobs import REFERENCE_PASS, completion_log_probs, micro_batc
 from src.engine.master_weights import MasterWeights
 from src.engine.memory import BatchSize
 from src.engine.rollout import roll_out
-from src.engine.sampler import Samples, Sampling, decode, reserve, sample
+from src.engine.sampler import Samples, Sampling, decode, sample
+from src.engine.self_check import check_model
 from src.errors import InputError, TrainingError
 from src.evaluation import evaluate, evaluate_only
 from src.grpo import UpdateSettings, compute_advantages, kl_estimate, policy_loss, token_weights
@@ -141,10 +142,8 @@ def main(
     """Train a chat model to do math with GRPO and a hybrid reward.
 
     Args:
-        model_name: Hugging Face name, local folder, embedded (the bundled SmolLM2-135M-Instruct), or auto:
-            TinyLlama-1.1B-Chat if a GPU has room to train it, else embedded.
-        reward_model_name: Hugging Face name, local folder, embedded (a bundled judge of arithmetic), none, or
-            auto: embedded with the embedded policy, else AceMath-7B-RM if a GPU has room for it, else none.
+        model_name: Hugging Face name, local folder, embedded (bundled), or auto: TinyLlama if a GPU has room.
+        reward_model_name: The same, or none; auto: embedded with it, else AceMath-7B-RM if a GPU has room.
         reward_model_device: cuda, offload (on the GPU only while scoring), cpu, or auto: the first that fits.
         reward_model_8bit: Load the reward model in int8, in half the memory of bfloat16. Needs bitsandbytes.
         device: Where to compute; auto uses the first available of cuda, mps and cpu.
@@ -226,6 +225,7 @@ def main(
     reward_choice, memory = placement.plan(args, problems, run_device, compute_dtype)
     policy, adapter, policy_id = models.load_trainable(args.model_name, run_device, compute_dtype, lora_rank)
     master = MasterWeights(policy, compute_dtype, memory.moves)
+    check_model(policy, [problem.prompt_ids for problem in problems], args)
     reference = models.make_reference(policy, adapter, "reference" in memory.moves) if kl_weight > 0 else None
     if memory.gradient_checkpointing:
         models.checkpoint_activations(policy)
@@ -327,6 +327,7 @@ def main(
                 log_completions(accelerator, rows, step)
             console_lines.say_step(step, total_steps, logged)
             console_lines.warn_if_crowded(step, logged)
+            console_lines.warn_if_gap(step, logged, str(compute_dtype).removeprefix("torch."))
             console.advance(tokens_per_s=logged["time/tokens_per_s"])
 
             # Save
@@ -397,9 +398,6 @@ def warmup(
     console.say("Running warmup to determine reward model bounds...")
     if reward_model is None:
         return Calibration()
-    longest = max(len(problem.prompt_ids) for problem in problems)
-    columns = min(args.max_length, longest + (args.max_new_tokens or args.max_length))
-    reserve(policy, args.rollouts_per_step * args.group_size, columns)
     generator = torch.Generator(policy.device).manual_seed(args.seed + 1)
     chosen = [problems[i % len(problems)] for i in range(args.warmup_samples)]
     samples = sample(policy, [list(problem.prompt_ids) for problem in chosen], 1, sampling, generator)

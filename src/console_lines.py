@@ -18,6 +18,7 @@ from src.problems import Problem
 from src.run.checkpoint import Progress
 
 # Share of a step in which its threads may wait for a core before the run says so.
+MUCH_GAP = 0.1  # nats; see docs/metrics.md
 MUCH_WAITING = 0.15
 SAMPLES_SHOWN = 3
 SAMPLE_CHARS = 300  # characters shown of a completion; a longer one loses its middle
@@ -118,6 +119,22 @@ def warn_if_crowded(step: int, metrics: dict[str, float]) -> None:
 
 
 _said_crowded = False
+
+
+def warn_if_gap(step: int, metrics: dict[str, float], dtype: str) -> None:
+    """Warn, at most once in a process, if sampler and trainer do not compute the same log-probs."""
+    global _said_gap
+    gap = metrics["policy/sampler_gap"]
+    if gap > MUCH_GAP and not _said_gap:
+        _said_gap = True
+        other = "use --dtype float32" if dtype != "float32" else "please report the model and this line"
+        warn(
+            f"policy/sampler_gap is {gap:.2f} nats in step {step}: sampling and training compute different "
+            f"log-probs, so the policy learns from wrong ratios; {other}"
+        )
+
+
+_said_gap = False
 
 
 def say_summary(run_folder: Path) -> None:

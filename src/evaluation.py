@@ -22,6 +22,7 @@ from src import console, models, parallel
 from src.engine.master_weights import MasterWeights
 from src.engine.memory import BatchSize
 from src.engine.sampler import Sampling, decode, sample
+from src.engine.self_check import check_model
 from src.errors import InputError
 from src.files import write_text
 from src.intervals import Comparison, Estimate, compare, estimate_all, values_per_question, wilson
@@ -223,6 +224,7 @@ def evaluate_only(
             with console.phase("load the policy"):
                 policy = models.load_policy(name, device, flag).requires_grad_(False)
                 MasterWeights(policy, dtype)  # rounds the weights as training does; nothing is trained
+            check_model(policy, [problem.prompt_ids for problem in prompted], args, f"{flag} {name}")
             evaluations.append(evaluate_policy(args, name, policy, tokenizer, verifier, prompted))
             del policy  # before the next one loads
     finally:

@@ -150,7 +150,7 @@ def policy_skeleton(model_name: str, flag: str, dtype: torch.dtype, max_length: 
     policy = skeleton(
         base_of(resolve(model_name, flag), flag), AutoModelForCausalLM, dtype, f"{flag} {model_name}"
     )
-    positions = getattr(policy.config, "max_position_embeddings", max_length)
+    positions = getattr(architecture.text_config(policy), "max_position_embeddings", max_length)
     if max_length > positions:
         raise InputError(
             f"--max-length {max_length}: must be at most the {positions} positions of {model_name}"
@@ -205,7 +205,7 @@ def check_head(model: PreTrainedModel) -> None:
     Raises:
         InputError: The model's logits are not its head's output.
     """
-    ids = torch.arange(1, 5, device=model.device)[None] % model.config.vocab_size
+    ids = torch.arange(1, 5, device=model.device)[None] % architecture.text_config(model).vocab_size
     logits = model(ids).logits
     head = model.get_output_embeddings()
     if type(head) is not torch.nn.Linear:
@@ -213,7 +213,7 @@ def check_head(model: PreTrainedModel) -> None:
         raise InputError(
             f"the output head of {type(model).__name__} is not a linear layer but {kind}; use another model"
         )
-    by_hand = head(model.base_model(ids).last_hidden_state)
+    by_hand = head(architecture.backbone(model)(ids).last_hidden_state)
     if not torch.allclose(logits, by_hand, rtol=1e-3, atol=1e-3 * float(logits.abs().max())):
         raise InputError(
             f"{type(model).__name__} changes its logits after the output head (a soft cap or a scale), which "

@@ -75,10 +75,11 @@ def forget_what_the_hub_answered():
 
 @pytest.fixture(autouse=True)
 def say_nothing_about_other_programs(monkeypatch):
-    """A busy machine must not change what a run prints."""
+    """A busy machine must not change what a run prints, and neither must an earlier test's warning."""
     from src import console_lines
 
     monkeypatch.setattr(console_lines, "_said_crowded", True)
+    monkeypatch.setattr(console_lines, "_said_gap", False)
 
 
 @pytest.fixture(scope="session")

@@ -11,9 +11,19 @@ FIXED_ROTARY = ("default", "linear", "llama3", "yarn")
 PROJECTIONS = ("_proj", "lm_head")  # how the names of linear layers end
 
 
+def text_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """A model's configuration or, if it reads images too, that of its language model."""
+    return model.config.get_text_config()
+
+
+def backbone(model: PreTrainedModel) -> nn.Module:
+    """What computes a model's last hidden states, to which its output head is applied."""
+    return model.base_model if model.base_model is not model else getattr(model, "model", model)
+
+
 def is_llama_like(model: PreTrainedModel) -> bool:
     """Whether a model consists only of what `LLAMA_LIKE` lists, and attends to all earlier tokens."""
-    config = model.config
+    config = text_config(model)
     if config.model_type not in LLAMA_LIKE or config.hidden_act != "silu" or not can_pack(model):
         return False
     if config.rope_parameters["rope_type"] not in FIXED_ROTARY:
@@ -37,12 +47,19 @@ def head_dim(config: PreTrainedConfig) -> int:
 
 def can_pack(model: PreTrainedModel) -> bool:
     """Whether every layer attends to all earlier tokens. A sliding window would ignore the packed mask."""
-    config = model.config
+    if getattr(model, "never_packed", False):
+        return False
+    config = text_config(model)
     layers = getattr(config, "layer_types", None)
     # Mistral's code looks only at the sliding window and ignores the layer types.
     if layers and config.model_type != "mistral":
         return all(kind == "full_attention" for kind in layers)
     return getattr(config, "sliding_window", None) is None
+
+
+def forbid_packing(model: PreTrainedModel) -> None:
+    """Give each completion of a model, or of a copy of it, a row of its own, because packing is wrong."""
+    vars(model)["never_packed"] = True
 
 
 def join_weights(model: PreTrainedModel) -> None:

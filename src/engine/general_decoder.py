@@ -1,5 +1,7 @@
 """A decoder for any Hugging Face causal language model, using the model's own forward pass and cache."""
 
+from typing import cast
+
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
@@ -17,7 +19,7 @@ class GeneralDecoder:
 
     def prefill(self, prompt_ids: list[list[int]], group_size: int, pad_id: int) -> torch.Tensor:
         self.cache, logits, mask = prefill_cache(self.model, prompt_ids, pad_id)
-        self.cache.batch_repeat_interleave(group_size)
+        self._select(torch.arange(len(prompt_ids), device=logits.device).repeat_interleave(group_size))
         self.mask = mask.repeat_interleave(group_size, 0)  # (B, P), one column wider after each step
         self.positions = self.mask.sum(dim=1)  # (B,), of each row's next token
         return logits.repeat_interleave(group_size, 0)
@@ -35,8 +37,12 @@ class GeneralDecoder:
         return out.logits[:, -1]
 
     def keep(self, rows: torch.Tensor) -> None:
-        self.cache.batch_select_indices(rows)
+        self._select(rows)
         self.mask, self.positions = self.mask[rows], self.positions[rows]
+
+    def _select(self, rows: torch.Tensor) -> None:
+        """Make a cache of these rows, each of which may occur any number of times."""
+        self.cache.reorder_cache(cast(torch.LongTensor, rows))  # recurrent layers have no other method
 
 
 def prefill_cache(

@@ -159,7 +159,7 @@ def completion_log_probs(
         hidden = cuda_llama.packed_hidden(model, ids.to(device), layout)
     else:
         inputs, predictors = _padded_inputs(samples, batch.packed, model.dtype)
-        hidden = model.base_model(**inputs, use_cache=False).last_hidden_state  # (R, S, D)
+        hidden = architecture.backbone(model)(**inputs, use_cache=False).last_hidden_state  # (R, S, D)
         hidden = hidden.flatten(0, 1)
     # A prompt's last token predicts the first token of every completion, so the gradients from all
     # completions are summed at that token. In float32, the gradient of hidden[predictors] adds them with

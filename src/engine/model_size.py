@@ -41,9 +41,9 @@ def measure(skeleton: PreTrainedModel, device: str) -> ModelSize:
         skeleton: A model from `models.skeleton`, in the dtype in which it will compute.
         device: cpu, cuda or mps.
     """
-    config = skeleton.config
+    config = architecture.text_config(skeleton)
     layers, itemsize = config.num_hidden_layers, skeleton.dtype.itemsize
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
     on_gpu = device == "cuda" and skeleton.dtype == torch.bfloat16 and architecture.is_llama_like(skeleton)
     trained = [w.numel() for w in skeleton.parameters() if w.requires_grad]
     if on_gpu:
@@ -62,7 +62,7 @@ def measure(skeleton: PreTrainedModel, device: str) -> ModelSize:
         recomputed=kept / layers,
         backward=backward,
         forward=forward,
-        cache=2.0 * layers * heads * architecture.head_dim(config) * itemsize,
+        cache=2.0 * layers * heads * architecture.head_dim(config) * itemsize if heads else 0.0,
         hidden=config.hidden_size,
         vocabulary=config.vocab_size,
         flat=on_gpu or (device == "cpu" and llama.has_kernels_for(skeleton)),
@@ -71,7 +71,7 @@ def measure(skeleton: PreTrainedModel, device: str) -> ModelSize:
 
 def kept_by_transformers(skeleton: PreTrainedModel) -> float:
     """Bytes per token that transformers' own forward pass keeps for the backward pass."""
-    config, tokens = skeleton.config, 16
+    config, tokens = architecture.text_config(skeleton), 16
     weights = {w.untyped_storage()._cdata for w in skeleton.parameters()}
     saved: dict[int, int] = {}  # bytes of each block that autograd keeps, except weights
 
@@ -88,7 +88,7 @@ def kept_by_transformers(skeleton: PreTrainedModel) -> float:
     mask = torch.zeros(1, 1, tokens, tokens, dtype=skeleton.dtype, device="meta")
     try:
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            skeleton.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+            architecture.backbone(skeleton)(input_ids=ids, attention_mask=mask, use_cache=False)
     except Exception:  # OPT and MoE models read values, which meta tensors lack, but they can be trained
         # arXiv:2205.05198, equation 2
         saved = {0: tokens * 34 * config.hidden_size * config.num_hidden_layers * skeleton.dtype.itemsize}
