@@ -225,7 +225,7 @@ def main(
     reward_choice, memory = placement.plan(args, problems, run_device, compute_dtype)
     policy, adapter, policy_id = models.load_trainable(args.model_name, run_device, compute_dtype, lora_rank)
     master = MasterWeights(policy, compute_dtype, memory.moves)
-    check_model(policy, [problem.prompt_ids for problem in problems], args)
+    check_model(policy, [problem.prompt_ids for problem in problems + eval_problems], args)
     reference = models.make_reference(policy, adapter, "reference" in memory.moves) if kl_weight > 0 else None
     if memory.gradient_checkpointing:
         models.checkpoint_activations(policy)

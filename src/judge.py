@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from src.answers.comparison import repeats_question
 from src.answers.final_answer import final_answer
 from src.answers.numerals import read_number
 from src.answers.text import strip_markup
@@ -50,7 +51,7 @@ def plain_answer(question: str, response: str) -> str | None:
     '1000'
     """
     values = final_answer(response, "flexible", question).values  # usually cached by the verifier
-    if len(values) != 1:
+    if len(values) != 1 or repeats_question(values[0], "", question):  # as for the verifier, not an answer
         return None
     number = read_number(values[0])
     if number is None:

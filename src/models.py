@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from peft import PeftModel  # at run time imported only where it is used, because it takes a second
 
 T = TypeVar("T")
+# A configuration can ask for other outputs than those that are read here.
+PLAIN_OUTPUT = dict(return_dict=True, output_attentions=False, output_hidden_states=False)
 AutoModel = type[AutoModelForCausalLM] | type[AutoModelForSequenceClassification]
 
 
@@ -174,7 +176,9 @@ def load_policy(model_name: str, device: torch.device, flag: str = "--model-name
     base = base_of(path, flag)
     try:
         # output_loading_info makes from_pretrained return a pair, which its type hints do not say.
-        both: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, output_loading_info=True)
+        both: Any = AutoModelForCausalLM.from_pretrained(
+            base, dtype=torch.float32, output_loading_info=True, **PLAIN_OUTPUT
+        )
         model, loading = both
         if is_adapter(path):
             model = merge_adapter(model, path)
@@ -203,21 +207,28 @@ def check_head(model: PreTrainedModel) -> None:
     logits (Gemma 2, Cohere), the log-probs would be silently wrong.
 
     Raises:
-        InputError: The model's logits are not its head's output.
+        InputError: The model's logits are not its head's output, or it cannot compute any.
     """
-    ids = torch.arange(1, 5, device=model.device)[None] % architecture.text_config(model).vocab_size
-    logits = model(ids).logits
     head = model.get_output_embeddings()
+    ids = torch.arange(1, 5, device=model.device)[None] % architecture.text_config(model).vocab_size
+    try:
+        logits = model(ids).logits
+        hidden = architecture.backbone(model)(ids).last_hidden_state
+        by_hand = head(hidden) if head is not None and head.weight.shape[1] == hidden.shape[2] else None
+    except Exception as error:  # models made elsewhere can raise anything
+        raise InputError(
+            f"{type(model).__name__} cannot compute log-probs ({first_line(error)}); use another model"
+        ) from None
     if type(head) is not torch.nn.Linear:
         kind = type(head).__name__
         raise InputError(
             f"the output head of {type(model).__name__} is not a linear layer but {kind}; use another model"
         )
-    by_hand = head(architecture.backbone(model)(ids).last_hidden_state)
-    if not torch.allclose(logits, by_hand, rtol=1e-3, atol=1e-3 * float(logits.abs().max())):
+    largest = 1e-3 * float(logits.abs().max())
+    if by_hand is None or not torch.allclose(logits, by_hand, rtol=1e-3, atol=largest):
         raise InputError(
-            f"{type(model).__name__} changes its logits after the output head (a soft cap or a scale), which "
-            "is not supported; use another model"
+            f"{type(model).__name__} does more than apply its output head (a soft cap, a scale, a transform), "
+            "which is not supported; use another model"
         )
 
 

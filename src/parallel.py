@@ -5,14 +5,25 @@ in every process, so that all compute the same advantages, and each process comp
 optimizer step's gradient. With a single process, these functions change nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+from src.errors import InputError
+
 T = TypeVar("T")
 IntOrFloat = TypeVar("IntOrFloat", int, float)
+# accelerate's settings: values that change nothing, and what to use instead of others
+ACCELERATE_SETTINGS = {
+    "ACCELERATE_USE_FSDP": (("false", "0", "no"), "use verl for models that need several GPUs"),
+    "ACCELERATE_USE_DEEPSPEED": (("false", "0", "no"), "use verl for models that need several GPUs"),
+    "ACCELERATE_USE_MEGATRON_LM": (("false", "0", "no"), "use verl for models that need several GPUs"),
+    "ACCELERATE_MIXED_PRECISION": (("no",), "use --dtype"),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (("1",), "use --train-batch-size and --micro-batch-size"),
+    "ACCELERATE_DYNAMO_BACKEND": (("no",), "leave compiling to this program"),
+}
 
 
 def processes() -> int:
@@ -69,3 +80,15 @@ def sum_values(values: dict[str, IntOrFloat]) -> dict[str, IntOrFloat]:
     """Sum each value over all processes."""
     everywhere = gather([values])
     return {name: sum(v[name] for v in everywhere) for name in values}
+
+
+def check_accelerate(environment: Mapping[str, str]) -> None:
+    """Refuse accelerate's own settings that this program would ignore.
+
+    Raises:
+        InputError: One of them is set, by hand or by `accelerate launch`.
+    """
+    for name, (harmless, instead) in ACCELERATE_SETTINGS.items():
+        value = environment.get(name, "")
+        if value.lower() not in ("", *harmless):
+            raise InputError(f"{name}={value}: is not supported and would be ignored; unset it and {instead}")

@@ -45,6 +45,7 @@ def start(args: SimpleNamespace) -> tuple[Accelerator, str]:
         InputError: The questions of a step cannot be split evenly, or another device is already set up.
     """
     trackers = chosen_trackers(args.tracker, args.wandb_project)
+    parallel.check_accelerate(os.environ)
     set_up_cuda()
     # Without a GPU and without cpu=True, accelerate would treat each of several processes as the only one.
     on_cpu = args.device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())

@@ -1,15 +1,16 @@
 """Problems: read from a file or the hub, checked, and rendered as prompts in the policy's chat template."""
 
 import json
+import math
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from src.console import phase
-from src.errors import InputError
+from src.errors import InputError, first_line
 from src.math_verifier import MathVerifier, ground_truth_of
 from src.models import conversation
 
@@ -55,7 +56,7 @@ def read_problems(data: str, flag: str) -> list[Problem]:
     if data.startswith("hf:"):
         records = [(f"{data}, row {i}", row) for i, row in enumerate(_load_hub_data(data, flag), start=1)]
     else:
-        records = read_records(Path(data), ("question", "answer"), flag)
+        records = read_records(find_file(data), ("question", "answer"), flag)
     problems = []
     for source, record in records:
         question, answer = _texts(record, ("question", "answer"), source)
@@ -109,12 +110,34 @@ def _texts(record: object, keys: tuple[str, str], source: str, allow_blank: bool
     values = [record.get(key) if isinstance(record, dict) else None for key in keys]
     for key, value in zip(keys, values, strict=True):
         invalid = isinstance(value, bool) or not isinstance(value, str | int | float)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{source}: {key!r} is {value}, which no answer can equal; give a finite number")
+        if isinstance(value, str) and not is_text(value):
+            raise InputError(
+                f"{source}: {key!r} has half of a character ({value[:80]!a}), which cannot be encoded; "
+                "remove it, or write the whole character"
+            )
         if invalid or not (allow_blank or str(value).strip()):
             raise InputError(
                 f"{source}: no {key!r}; each record must have {' and '.join(map(repr, keys))}, both text or "
                 "numbers"
             )
     return list(map(str, values))
+
+
+def is_text(value: str) -> bool:
+    """Whether a string can be encoded: it has no lone surrogates, such as half of an emoji's escape."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def find_file(name: str) -> Path:
+    """A data file: as named, or, if it is not there, in the repository, so that any folder will do."""
+    in_repository = Path(__file__).parent.parent / name
+    return in_repository if not os.path.exists(name) and os.path.isfile(in_repository) else Path(name)
 
 
 def _load_hub_data(data: str, flag: str) -> list[dict]:
@@ -166,15 +189,23 @@ def with_prompts(
     Raises:
         InputError: The template rejects the conversation, or a prompt leaves no room for a completion.
     """
+    if system_prompt and not is_text(system_prompt):
+        raise InputError(f"--system-prompt {system_prompt!a}: has half of a character; remove it")
     prompted = []
     for problem in problems:
         messages = conversation(problem.question, system_prompt)
         try:
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
+        except Exception as error:  # a template made elsewhere can raise anything
+            way_out = "leave --system-prompt out" if system_prompt else "set another one with --model-name"
             raise InputError(
-                f"the model's chat template rejects the conversation ({error}); leave --system-prompt out"
+                f"the model's chat template rejects the conversation ({first_line(error)}); {way_out}"
             ) from None
+        if not str(text).strip():
+            raise InputError(
+                f"{problem.source}: the model's chat template renders this question as nothing; use another "
+                "model, or set tokenizer.chat_template and save the tokenizer with save_pretrained"
+            )
         ids = tokenizer.encode(text, add_special_tokens=False)  # the template already added special tokens
         if len(ids) >= max_length:
             raise InputError(

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache
-from jinja2 import TemplateError
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -20,10 +19,10 @@ from transformers import (
 from src.console import detail, warn
 from src.engine.memory import is_out_of_memory
 from src.engine.offload import Offloaded
-from src.errors import InputError
+from src.errors import InputError, first_line
 from src.hub import EMBEDDED, embedded_folder, resolve
 from src.judge import NO_ANSWER, JudgeText, answer_log_probs, judge_text, load_judge, plain_answer
-from src.models import conversation, skeleton
+from src.models import PLAIN_OUTPUT, conversation, skeleton
 
 # AceMath-7B-RM was trained with this system prompt (model card, "How to use").
 ACEMATH_SYSTEM_PROMPT = "Please reason step by step, and check your final answer within \\boxed{}."
@@ -96,10 +95,10 @@ class AceRewardModel:
         self.system_prompt = system_prompt
         try:
             self.encode("question", "response")
-        except TemplateError as error:
+        except Exception as error:  # a template made elsewhere can raise anything
             raise InputError(
-                f"--reward-model-name {model_name}: its chat template rejects the conversation ({error}); "
-                "choose another reward model"
+                f"--reward-model-name {model_name}: its chat template rejects the conversation "
+                f"({first_line(error)}); choose another reward model"
             ) from None
 
     def encode(self, prompt: str, response: str) -> tuple[int, ...]:
@@ -313,7 +312,13 @@ def load_classifier(
         tokenizer = AutoTokenizer.from_pretrained(path)
         # With num_labels=1, a checkpoint with several labels gets a new, random head, rejected below.
         model, loading = AutoModelForSequenceClassification.from_pretrained(
-            path, dtype=dtype, num_labels=1, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            path,
+            dtype=dtype,
+            num_labels=1,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **PLAIN_OUTPUT,
+            **options,
         )
     except Exception as error:  # a folder made elsewhere can be broken in any way
         raise InputError(f"{flag}: could not be loaded ({type(error).__name__}: {error})") from None

@@ -17,18 +17,20 @@ from transformers import (
 )
 
 import train
+from benchmarks.models import ARCHITECTURES, try_out
 from src import console_lines
-from src.engine import architecture, llama, self_check
+from src.engine import architecture, kernels, llama, self_check
 from src.engine.general_decoder import GeneralDecoder
 from src.engine.master_weights import MasterWeights
 from src.engine.self_check import check_model, compare, make_up, special_lengths
 from src.errors import InputError
 from src.models import frozen_copy
-from tests.conftest import make_policy
+from tests.conftest import ROOT, make_policy
 
 ARGS = SimpleNamespace(
     model_name="x", temperature=0.8, max_length=160, max_new_tokens=None, rollouts_per_step=2, group_size=4
 )
+MODELS_PAGE = (ROOT / "docs/models.md").read_text()
 PROMPTS = [tuple(range(5, 30)), tuple(range(40, 60))]
 LONGROPE = dict(
     rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 8, long_factor=[4.0] * 8,
@@ -137,6 +139,17 @@ def test_a_fault_of_either_side_is_found(fault, monkeypatch):
     gaps = compare(model, PROMPTS, ARGS)
     assert (max(gaps.sampler) > gaps.tolerance) == (fault != "trainer")
     assert (max(gaps.trainer) > gaps.tolerance) == (fault in ("trainer", "both"))
+
+
+@pytest.mark.parametrize("tried", ARCHITECTURES, ids=lambda tried: tried.name)
+def test_each_architecture_is_trained_or_refused_as_the_documents_say(tried):
+    (line,) = re.findall(rf"^\| {re.escape(tried.name)} \| .*$", MODELS_PAGE, re.M)
+    how, why, gap = try_out(tried)
+    if how == "packed rows" and not kernels.are_compiled():
+        how = "compiled kernels" if "compiled kernels" in line else how
+    assert line.split(" | ")[2].startswith(how)
+    assert (gap is None) == (how == "refused") == bool(why)
+    assert gap is None or gap < 2e-5
 
 
 def test_every_number_in_a_configuration_may_be_a_length():

@@ -33,11 +33,11 @@ def _compare_value(answer: str, truth: str, question: str) -> bool | None:
         answer = re.sub(r"^\(?[A-J][).:]\s{1,3}(?=\S)", "", answer)
     number = read_number(answer)
     if number is not None and true_number is not None:
-        return same_number(number, true_number) and not _repeats_question(answer, truth, question)
+        return same_number(number, true_number) and not repeats_question(answer, truth, question)
     if number is not None and (decimal := read_number(truth)) is not None and same_number(number, decimal):
         return True  # the truth 1,22 is the decimal 1.22 after all
     if normalize_answer(answer) == normalize_answer(truth):
-        return true_number is None or not _repeats_question(answer, truth, question)
+        return true_number is None or not repeats_question(answer, truth, question)
     choice = _choice(truth)
     if choice:
         return _choice(answer) == choice
@@ -124,7 +124,7 @@ def _concludes_with(text: str, word: str) -> bool:
     return bool(re.search(conclusion, text.strip()[-200:], re.IGNORECASE))
 
 
-def _repeats_question(answer: str, truth: str, question: str) -> bool:
+def repeats_question(answer: str, truth: str, question: str) -> bool:
     """Whether an answer is arithmetic copied from the question, such as 20/4 for "What is 20 / 4?".
 
     An answer written exactly like the truth does not count as a copy.

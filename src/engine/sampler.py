@@ -167,9 +167,16 @@ def reserve(model: PreTrainedModel, rows: int, columns: int) -> None:
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, samples: Samples) -> list[str]:
-    """Text of each of the B completions, without special tokens."""
-    ids = samples.completion_ids()
-    return tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    """Text of each of the B completions, without the stop token at its end and without padding tokens.
+
+    Other special tokens stay: in some models, <answer> is one.
+    """
+    ends = [-1 if finished else None for finished in samples.finished.tolist()]
+    kept = [
+        [i for i in ids[:end] if i != tokenizer.pad_token_id]
+        for ids, end in zip(samples.completion_ids(), ends, strict=True)
+    ]
+    return tokenizer.batch_decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def _pick(

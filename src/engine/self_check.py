@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
+from typing import cast
 
 import torch
 from transformers import PreTrainedModel
@@ -76,6 +77,13 @@ def check_model(
         InputError: They differ even without packing.
     """
     started = time.perf_counter()
+    named = named or f"--model-name {args.model_name}"
+    tokens, largest = model.get_input_embeddings().num_embeddings, max(map(max, prompts))
+    if largest >= cast(int, tokens):
+        raise InputError(
+            f"{named}: its prompts contain token {largest} of the tokenizer, but the model has only {tokens} "
+            "tokens; call model.resize_token_embeddings(len(tokenizer)) and save both"
+        )
     # On a GPU, this also compiles the decoder that the rollouts will use.
     columns = min(args.max_length, max(map(len, prompts)) + (args.max_new_tokens or args.max_length))
     reserve(model, args.rollouts_per_step * args.group_size, columns)
@@ -90,7 +98,7 @@ def check_model(
             if len(prompts[0]) < length and compare(model, prompts, shorter).agree:
                 way_out = f"up to {length} tokens they agree: use --max-length {length}, or another model"
                 break
-        raise InputError(f"{named or f'--model-name {args.model_name}'}: {found.explain()}; {way_out}")
+        raise InputError(f"{named}: {found.explain()}; {way_out}")
     seconds = f"checked in {time.perf_counter() - started:.1f} s"
     say(f"log-probs differ from the model's own forward pass by {found.describe()} ({seconds})")
     if found is not packed:

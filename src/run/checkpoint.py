@@ -23,12 +23,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from src import console
-from src.errors import InputError
+from src.errors import InputError, first_line
 from src.files import new_folder, remove_folder, remove_leftovers
 from src.hybrid_reward import Calibration, RunningMean
 
@@ -58,6 +57,7 @@ class Progress:
     model: str = ""  # fingerprint of the policy when it was first loaded
     reward_model: str | None = None
     wandb_id: str | None = None
+    prompts: str = ""  # a hash of all rendered prompts
 
     # Set by `Checkpoints.snapshot`
     written: dict[str, int] = field(default_factory=dict)  # sizes of the run's files in bytes
@@ -66,7 +66,8 @@ class Progress:
     @classmethod
     def start(cls, problems: list, model: str, reward_model: str | None) -> Progress:
         """The progress of a new run, which also records its data and its models."""
-        return cls(problems=len(problems), model=model, reward_model=reward_model)
+        prompts = hashlib.sha256(repr([problem.prompt_ids for problem in problems]).encode()).hexdigest()
+        return cls(problems=len(problems), model=model, reward_model=reward_model, prompts=prompts)
 
     def adapt(self, current: Progress, other_problems: bool) -> None:
         """Drop the state that does not fit the current reward model or the current problems."""
@@ -75,6 +76,7 @@ class Progress:
         if other_problems:  # the indices refer to the old problems
             self.order = []
         self.problems, self.model, self.reward_model = current.problems, current.model, current.reward_model
+        self.prompts = current.prompts
 
     def to_json(self) -> str:
         values = asdict(self)
@@ -156,10 +158,13 @@ class Checkpoints:
                 files = [path for path in sorted(partial.rglob("*")) if path.is_file()]
                 sums = {str(path.relative_to(partial)): _sum(path) for path in files}
                 (training_state / "complete.json").write_text(json.dumps(sums, indent=1) + "\n")
-        except (OSError, SafetensorError) as error:
+        except Exception as error:  # whatever it is, the training so far must not be lost
             complete = [path.name for path in checkpoints_of(self.log.folder) if is_resumable(path)]
             kept = f"; the newest checkpoint is {complete[-1]}" if complete else ""
-            console.warn(f"checkpoint {folder.name} could not be written ({error}); training continues{kept}")
+            reason = first_line(error)
+            console.warn(
+                f"checkpoint {folder.name} could not be written ({reason}); training continues{kept}"
+            )
             return
         self._prune()
         console.say(f"saved {folder}")

@@ -253,6 +253,13 @@ def check_resumed(
             f"--resume {resume}: the data set now has {current.problems} problems instead of "
             f"{saved.problems}; save the old problems to a file and pass it with --data"
         )
+    rendered_otherwise = {"model_name", "system_prompt", "max_length"} & set(changed)
+    if saved.prompts not in ("", current.prompts) and not (other_problems or rendered_otherwise):
+        raise InputError(
+            f"--resume {resume}: the problems are the same, but their prompts have changed since the run "
+            "began: the chat template was edited, or it contains the date; restore it, or start a new run "
+            "from the weights, with --model-name and a step_<k> folder"
+        )
     if saved.reward_model != current.reward_model and not {"reward_model_name", "reward_mode"} & set(changed):
         raise InputError(
             f"--resume {resume}: the run had the reward model {saved.reward_model or 'none'} and would "

@@ -1,5 +1,6 @@
-"""SIGTERM and Ctrl-C in training. The first signal saves and ends the run; a second ends it immediately."""
+"""SIGTERM, SIGHUP and Ctrl-C in training. The first saves and ends the run, a second ends it at once."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -17,7 +18,9 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopSignals:
-    """Handle SIGTERM and SIGINT until `close`. Signals that the process already ignored stay ignored.
+    """Handle SIGTERM, SIGHUP (a closed terminal) and SIGINT until `close`.
+
+    Signals that the process already ignored, as after nohup, stay ignored.
 
     Python allows signal handlers only in the main thread. In other threads this class does nothing.
     """
@@ -27,7 +30,7 @@ class StopSignals:
         self._may_abandon_step = False
         self._previous_handlers = {}
         if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGTERM, signal.SIGINT):
+            for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
                 if signal.getsignal(signum) is not signal.SIG_IGN:
                     self._previous_handlers[signum] = signal.signal(signum, self._handle)
 
@@ -60,8 +63,9 @@ class StopSignals:
             os._exit(128 + signum)
         self.received = signum
         doing = "saving" if self._may_abandon_step else "saving after this step"
-        # Not print(), because it is not reentrant.
-        os.write(2, f"\n{signal.Signals(signum).name}: {doing}; send it again to exit immediately\n".encode())
+        line = f"\n{signal.Signals(signum).name}: {doing}; send it again to exit immediately\n"
+        with contextlib.suppress(OSError):  # after SIGHUP there may be no terminal left
+            os.write(2, line.encode())  # not print(), because it is not reentrant
         if self._may_abandon_step:
             self._may_abandon_step = False
             raise Stopped(signum)

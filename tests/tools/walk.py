@@ -33,6 +33,7 @@ from tests.tools.chromium import find_chromium  # noqa: E402
 DOCUMENTS = (
     "README.md",
     "docs/configuration.md",
+    "docs/models.md",
     "docs/data.md",
     "docs/verifier.md",
     "docs/hybrid-reward.md",
