@@ -227,8 +227,8 @@ def check_head(model: PreTrainedModel) -> None:
     largest = 1e-3 * float(logits.abs().max())
     if by_hand is None or not torch.allclose(logits, by_hand, rtol=1e-3, atol=largest):
         raise InputError(
-            f"{type(model).__name__} does more than apply its output head (a soft cap, a scale, a transform), "
-            "which is not supported; use another model"
+            f"{type(model).__name__} does more than apply its output head (a soft cap, a scale or a "
+            "transform), which is not supported; use another model"
         )
 
 
