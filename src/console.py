@@ -1,4 +1,4 @@
-"""What a run prints: plain lines and, on a terminal, a bar below them with phase, progress and time left.
+"""What a run prints: plain lines and, on a terminal or in a notebook, a bar with phase and progress.
 
 Text from models and data is printed as its repr, which escapes everything that is not printable, so control
 characters, ANSI codes and bidirectional marks never reach a terminal. There is only one standard output and
@@ -12,17 +12,26 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TaskID,
+    TimeElapsedColumn,
+)
 from rich.table import Column, Table
 from rich.text import Text
 
 PLAIN_WIDTH = 120  # columns of a table that is not printed on a terminal
 # Minimum terminal widths for the bar, for the speed, and for how far a phase is.
 ROOM_FOR_BAR, ROOM_FOR_SPEED, ROOM_FOR_COUNTS = 110, 90, 60
+NOTEBOOK_REFRESH_S = 0.5
 T = TypeVar("T")
 
 _quiet = False
@@ -56,6 +65,11 @@ def on_terminal() -> bool:
     return sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 
+def _can_replace() -> bool:
+    """Whether a line can be replaced: on a terminal, and in a notebook."""
+    return on_terminal() or Console(file=sys.stdout).is_jupyter
+
+
 def table(columns: list[str], rows: list[list[str]]) -> None:
     """Print a table of names (first column) and values, framed on a terminal and plain otherwise."""
     terminal = on_terminal()
@@ -81,7 +95,7 @@ def start(total: int, unit: str, done: int = 0) -> None:
         done: How many are already done.
     """
     stop()
-    if _quiet or not on_terminal():
+    if _quiet or not _can_replace():
         return
     console = Console(file=sys.stdout)
     columns = [
@@ -102,10 +116,14 @@ def _phase_columns(console: Console) -> list[ProgressColumn]:
 
 def _show(console: Console, columns: list[ProgressColumn], total: int | None = None, done: int = 0) -> None:
     global _bar
-    _bar = Progress(*columns, console=console, transient=True, refresh_per_second=4)
+    if console.is_jupyter:
+        _bar = _NotebookBar(*columns)
+    else:
+        _bar = Progress(*columns, console=console, transient=True, refresh_per_second=4)
     _bar.add_task("", total=total, completed=done, speed="", counts="", done_before=done)
     _bar.start()
-    console.show_cursor(True)  # otherwise a killed run would leave the terminal without a cursor
+    if on_terminal():
+        console.show_cursor(True)  # otherwise a killed run would leave the terminal without a cursor
 
 
 @contextmanager
@@ -114,7 +132,7 @@ def phase(name: str) -> Iterator[None]:
 
     Outside of `start` and `stop`, the phase has a line of its own, with the time that it has taken.
     """
-    own = _bar is None and not _quiet and on_terminal()
+    own = _bar is None and not _quiet and _can_replace()
     if own:
         console = Console(file=sys.stdout)
         _show(console, [SpinnerColumn("line"), *_phase_columns(console), TimeElapsedColumn()])
@@ -183,6 +201,38 @@ class _TextColumn(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         return Text(self.text(task))
+
+
+class _NotebookBar(Progress):
+    """The bar in a notebook: one line of text below the cell, which is replaced as the run goes on.
+
+    rich's own bar for notebooks needs ipywidgets, and leaves its place empty without them.
+    """
+
+    def __init__(self, *columns: ProgressColumn):
+        super().__init__(*columns, disable=True)
+        self._handle: Any = None
+        self._next = 0.0  # when the line may be replaced again
+
+    def update(self, task_id: TaskID, **changes: Any) -> None:
+        super().update(task_id, **changes)
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + NOTEBOOK_REFRESH_S
+            texts = [column.text(self.tasks[0]) for column in self.columns if isinstance(column, _TextColumn)]
+            self._replace("  ".join(filter(None, texts)))
+
+    def stop(self) -> None:
+        super().stop()
+        if self._handle:
+            self._replace("")
+
+    def _replace(self, text: str) -> None:
+        from IPython.display import display  # type: ignore[import-not-found]  # there is one in a notebook
+
+        if self._handle:
+            self._handle.update({"text/plain": text}, raw=True)
+        else:
+            self._handle = display({"text/plain": text}, raw=True, display_id=True)
 
 
 def _time_left(task: Task) -> str:
