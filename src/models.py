@@ -101,7 +101,10 @@ def conversation(
 
 
 def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that end a completion, from the tokenizer and the generation config (Llama 3 has several).
+    """Ids that end a completion, from the tokenizer, the generation config and the chat template.
+
+    Llama 3 has several. In some models, the template ends a turn with a token that neither of the others
+    names, so completions would never end.
 
     Raises:
         InputError: The model has no end token.
@@ -109,11 +112,32 @@ def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     eos = model.generation_config.eos_token_id
     ids = set(eos if isinstance(eos, list) else [eos]) | {tokenizer.eos_token_id}
     ids.discard(None)
+    turn_end = end_of_turn(tokenizer)
+    if turn_end is not None and turn_end not in ids:
+        ids.add(turn_end)
+        token = tokenizer.convert_ids_to_tokens(turn_end)
+        say(f"completions also end at {token!r}, which ends a turn in the chat template")
     if not ids:
         raise InputError(
             "the model has no end token; set tokenizer.eos_token and save the tokenizer with save_pretrained"
         )
     return sorted(ids)
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token right after an answer in the chat template; None if there is none."""
+    try:
+        messages = conversation("question", None, "answer")
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception:  # a template that takes no answers
+        return None
+    after = text.rpartition("answer")[2].lstrip()
+    special = {
+        token: i for i, token in zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)
+    }
+    special |= {str(t): i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    found = [token for token in special if token and after.startswith(token)]
+    return special[max(found, key=len)] if found else None
 
 
 # ----------------------------------------------------------------------------------------------------------

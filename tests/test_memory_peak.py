@@ -126,7 +126,7 @@ def sums_unread(monkeypatch):
 
 def test_the_planned_peak_of_an_update_is_what_it_allocates(sums_unread):
     generator = random.Random(0)
-    compare([draw(generator, {2048: 4, 576: 4}) for _ in range(12)])
+    compare([draw(generator, {2048: 4, 576: 4}) for _ in range(8)])
 
 
 @pytest.mark.slow  # 15 minutes

@@ -15,6 +15,7 @@ from src import parallel
 from src.engine.sampler import decode
 from src.errors import InputError
 from src.judge import plain_answer
+from src.models import end_of_turn, stop_token_ids
 from src.problems import read_problems, with_prompts
 from src.reward_model import AceRewardModel
 from src.run.checkpoint import checkpoints_of
@@ -118,6 +119,20 @@ def test_a_question_copied_as_its_own_answer_gets_the_lowest_score(response):
     """The judge once evaluated it, and gave it the highest score, while the verifier said wrong."""
     assert plain_answer("What is 20 / 4?", response) is None
     assert plain_answer("What is 3 plus 2?", "20 / 4") == "5"
+
+
+def test_a_turns_end_in_the_template_ends_a_completion(capsys):
+    """TRL #3299: the base model's end token is another one, so completions went on to the length limit."""
+    tokenizer, model = byte_tokenizer(), make_policy()
+    model.generation_config.eos_token_id = 2
+    assert stop_token_ids(model, tokenizer) == [2] and capsys.readouterr().out == ""
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>", "<|im_end|>2"]})
+    tokenizer.chat_template = tokenizer.chat_template.replace("</s>", "<|im_end|>")
+    assert stop_token_ids(model, tokenizer) == [2, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    assert "completions also end at '<|im_end|>'" in capsys.readouterr().out
+    for template in ("{{ messages[-1]['content'] }} or so</s>", "{{ raise_exception('no answers') }}"):
+        tokenizer.chat_template = template
+        assert end_of_turn(tokenizer) is None
 
 
 # ----------------------------------------------------------------------------------------------------------
