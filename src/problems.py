@@ -91,6 +91,8 @@ def read_records(
         raise InputError(
             f"{flag} {file}: cannot be read ({reason}); pass a JSONL file of {form} records"
         ) from None
+    if text.lstrip().startswith("[{"):
+        raise InputError(f"{flag} {file}: it is a JSON array; write each {form} object on a line of its own")
     records = []
     for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: JSON strings can have U+2028
         if not line.strip():
@@ -118,9 +120,10 @@ def _texts(record: object, keys: tuple[str, str], source: str, allow_blank: bool
                 "remove it, or write the whole character"
             )
         if invalid or not (allow_blank or str(value).strip()):
+            present = f"; this one has {', '.join(map(repr, record))}" if isinstance(record, dict) else ""
             raise InputError(
                 f"{source}: no {key!r}; each record must have {' and '.join(map(repr, keys))}, both text or "
-                "numbers"
+                f"numbers{present}"
             )
     return list(map(str, values))
 

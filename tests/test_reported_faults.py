@@ -20,6 +20,7 @@ from src.problems import read_problems, with_prompts
 from src.reward_model import AceRewardModel
 from src.run.checkpoint import checkpoints_of
 from tests.conftest import ROOT, as_flags, as_samples, byte_tokenizer, make_policy
+from tests.test_train import metrics_of
 
 
 def save(folder: Path, tokenizer, model=None, **config) -> str:
@@ -84,6 +85,16 @@ def test_an_answer_that_nothing_equals_is_refused(number, tmp_path):
         read_problems(str(file), "--data")
 
 
+def test_a_file_of_another_trainer_is_refused_with_the_way_to_convert_it(tmp_path):
+    file = tmp_path / "data.json"
+    file.write_text('[{"question": "q",\n "answer": "1"}]')
+    with pytest.raises(InputError, match=r"it is a JSON array; write each .* object on a line of its own"):
+        read_problems(str(file), "--data")
+    file.write_text('{"problem": "q", "solution": "1"}\n')
+    with pytest.raises(InputError, match=r"no 'question'.*this one has 'problem', 'solution'"):
+        read_problems(str(file), "--data")
+
+
 def test_a_token_beyond_the_embedding_is_refused(tiny, tmp_path):
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["What is"])
@@ -133,6 +144,48 @@ def test_a_turns_end_in_the_template_ends_a_completion(capsys):
     for template in ("{{ messages[-1]['content'] }} or so</s>", "{{ raise_exception('no answers') }}"):
         tokenizer.chat_template = template
         assert end_of_turn(tokenizer) is None
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Sampling and training
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [dict(top_k=1, repetition_penalty=5.0, do_sample=True), dict(temperature=0.01, do_sample=True)],
+    ids=["top_k and repetition_penalty", "temperature"],
+)
+def test_the_generation_configs_own_sampling_changes_nothing(settings, tiny, tmp_path, tokenizer):
+    """Trainers that sample through generate() draw from another distribution than they train on."""
+    runs = {}
+    for name, changes in (("plain", {}), ("changed", settings)):
+        model = make_policy()
+        for key, value in changes.items():
+            setattr(model.generation_config, key, value)
+        folder = save(tmp_path / name, tokenizer, model)
+        runs[name] = train.main(**tiny | dict(model_name=folder, run_name=name, max_steps=1))
+    assert (runs["plain"] / "rollouts.jsonl").read_bytes() == (
+        runs["changed"] / "rollouts.jsonl"
+    ).read_bytes()
+
+
+def test_dropout_in_the_configuration_is_off_in_sampling_and_training(tiny, tmp_path, tokenizer):
+    folder = save(tmp_path / "model", tokenizer, attention_dropout=0.9)
+    run = train.main(**tiny | dict(model_name=folder, dtype="float32", max_steps=1))
+    assert metrics_of(run)[0]["policy/sampler_gap"] < 1e-5
+
+
+def test_completions_of_a_single_token_train(tiny):
+    """unsloth #1817: a completion without a token before the end failed in argmax."""
+    run = train.main(**tiny | dict(max_new_tokens=1, max_steps=1))
+    assert metrics_of(run)[0]["completion/len_mean"] == 1
+
+
+def test_a_resumed_run_uses_the_learning_rate_that_it_is_given(tiny):
+    """robosat #169: the saved optimizer's learning rate replaced it."""
+    run = train.main(**tiny | dict(max_steps=1, lr=1e-4))
+    train.main(resume=str(run), max_steps=3, lr=3e-4)
+    assert [line["optim/lr"] for line in metrics_of(run)] == [1e-4, 3e-4, 3e-4]
 
 
 # ----------------------------------------------------------------------------------------------------------
