@@ -1,6 +1,7 @@
 """The house rules: the algorithm comes early, functions are short, no import cycles, nothing unused."""
 
 import ast
+import functools
 import os
 import re
 import shutil
@@ -168,6 +169,7 @@ def module_of(name: str) -> str:
 MODULES = {module_of(name): tree for name, tree in SRC.items()}
 
 
+@functools.cache
 def imported_by(tree: ast.AST) -> set[tuple[str, str | None]]:
     """Modules, each with a name that is imported from it, or None; inside functions and TYPE_CHECKING too."""
     found = set()
@@ -179,6 +181,7 @@ def imported_by(tree: ast.AST) -> set[tuple[str, str | None]]:
     return found
 
 
+@functools.cache
 def own_imports(tree: ast.AST) -> set[str]:
     """The modules of src/ that a module imports."""
     whole = {f"{module}.{name}" for module, name in imported_by(tree)}

@@ -1,10 +1,7 @@
 """What public bug reports describe about trainers, tried on this one: each once went wrong here."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +16,7 @@ from src.models import end_of_turn, stop_token_ids
 from src.problems import read_problems, with_prompts
 from src.reward_model import AceRewardModel
 from src.run.checkpoint import checkpoints_of
-from tests.conftest import ROOT, as_flags, as_samples, byte_tokenizer, make_policy
+from tests.conftest import as_samples, byte_tokenizer, make_policy
 from tests.test_train import metrics_of
 
 
@@ -250,11 +247,8 @@ def test_accelerates_own_settings_are_refused_unless_they_change_nothing(tiny, m
         train.main(**tiny)
 
 
-def test_the_default_data_is_found_from_any_folder(tiny, tmp_path, policy_folder):
+def test_the_default_data_is_found_from_any_folder(tiny, tmp_path, monkeypatch):
     settings = tiny | dict(max_steps=1)
     del settings["data"]
-    command = [sys.executable, str(ROOT / "train.py"), *as_flags(settings)]
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    done = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True, timeout=120, env=os.environ)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    assert metrics_of(train.main(**settings))[0]["step"] == 0
