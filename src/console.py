@@ -204,7 +204,7 @@ class _TextColumn(ProgressColumn):
 
 
 class _NotebookBar(Progress):
-    """The bar in a notebook: one line of text below the cell, which is replaced as the run goes on.
+    """The bar in a notebook: one line of text below the cell, which is updated in place.
 
     rich's own bar for notebooks needs ipywidgets, and leaves its place empty without them.
     """

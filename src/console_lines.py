@@ -18,8 +18,8 @@ from src.problems import Problem
 from src.run.checkpoint import Progress
 
 # Share of a step in which its threads may wait for a core before the run says so.
-MUCH_GAP = 0.1  # nats; see docs/metrics.md
 MUCH_WAITING = 0.15
+MUCH_GAP = 0.1  # nats, of policy/sampler_gap; see docs/metrics.md
 SAMPLES_SHOWN = 3
 SAMPLE_CHARS = 300  # characters shown of a completion; a longer one loses its middle
 FIRST_AND_LAST = 5  # steps that the summary averages over at each end of a run

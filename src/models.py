@@ -132,9 +132,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     except Exception:  # a template that takes no answers
         return None
     after = text.rpartition("answer")[2].lstrip()
-    special = {
-        token: i for i, token in zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)
-    }
+    special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
     special |= {str(t): i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
     found = [token for token in special if token and after.startswith(token)]
     return special[max(found, key=len)] if found else None
@@ -248,8 +246,8 @@ def check_head(model: PreTrainedModel) -> None:
         raise InputError(
             f"the output head of {type(model).__name__} is not a linear layer but {kind}; use another model"
         )
-    largest = 1e-3 * float(logits.abs().max())
-    if by_hand is None or not torch.allclose(logits, by_hand, rtol=1e-3, atol=largest):
+    tolerance = 1e-3 * float(logits.abs().max())
+    if by_hand is None or not torch.allclose(logits, by_hand, rtol=1e-3, atol=tolerance):
         raise InputError(
             f"{type(model).__name__} does more than apply its output head (a soft cap, a scale or a "
             "transform), which is not supported; use another model"

@@ -12,7 +12,7 @@ PROJECTIONS = ("_proj", "lm_head")  # how the names of linear layers end
 
 
 def text_config(model: PreTrainedModel) -> PreTrainedConfig:
-    """A model's configuration or, if it reads images too, that of its language model."""
+    """A model's configuration or, if the model is multimodal, that of its language model."""
     return model.config.get_text_config()
 
 

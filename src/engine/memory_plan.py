@@ -60,13 +60,11 @@ class Plan:
 
     def table(self) -> dict[str, dict[str, float]]:
         """Bytes of each part on the device, in each phase. Only one phase runs at a time."""
-        p = self.policy
-        adapted = 4.0 * p.trained if p.itemsize < 4 else 0.0  # separate float32 weights
-        phases = {
-            # All weights load in float32, before they are rounded to the compute dtype.
-            "load": {"program": PROGRAM[self.device], "policy": 4.0 * p.weights, "trained weights": adapted}
-        }
-        stays = {"program": PROGRAM[self.device], "policy": float(p.weights * p.itemsize)} | self.movable()
+        p, program, movable = self.policy, PROGRAM[self.device], self.movable()
+        trained = movable["trained weights"]
+        # All weights load in float32, before they are rounded to the compute dtype.
+        phases = {"load": {"program": program, "policy": 4.0 * p.weights, "trained weights": trained}}
+        stays = {"program": program, "policy": float(p.weights * p.itemsize)} | movable
         for phase, added in self._added().items():
             here = {part: size for part, size in stays.items() if part not in self.moves}
             for part, way in self.moves.items():
@@ -82,7 +80,7 @@ class Plan:
         p = self.policy
         return {
             "reference": float(p.weights * p.itemsize) if self.reference else 0.0,
-            "trained weights": 4.0 * p.trained if p.itemsize < 4 else 0.0,
+            "trained weights": 4.0 * p.trained if p.itemsize < 4 else 0.0,  # if they are separate
             "Adam": 8.0 * p.trained,
             "reward model": self.reward_weights,
         }

@@ -39,7 +39,6 @@ class Gaps:
     trainer: list[float]
     alone: list[float]  # of the trainer, if each completion is computed by itself
     tolerance: float
-
     errors: dict[str, str]  # what was raised instead, by "sampling" or "training"
 
     @property
@@ -122,9 +121,8 @@ def compare(model: PreTrainedModel, prompts: list[tuple[int, ...]], args: Simple
         return list(_differences(model, samples, samples.log_probs, args.temperature))
 
     def trained(at_once: int) -> list[float]:
-        samples = make_up([text[: max(1, length // 2)] for length in lengths], text[1:], ends).to(
-            model.device
-        )
+        halves = [text[: max(1, length // 2)] for length in lengths]
+        samples = make_up(halves, text[1:], ends).to(model.device)
         log_probs = torch.zeros_like(samples.log_probs)
         for part in micro_batches(model, samples, torch.arange(len(log_probs)), at_once):
             computed = completion_log_probs(model, samples, part, args.temperature)
