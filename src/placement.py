@@ -295,7 +295,7 @@ def choose_reward_model(
             "--reward-model-8bit: the bundled reward model has no int8 version; leave the flag out (the "
             "model takes only 0.3 GB)"
         )
-    options = []
+    options, in_host_memory = [], []
     for place in places:
         where, what = (CPU, models.pick_dtype(CPU, "auto")) if place == "cpu" else (device, dtype)
         try:
@@ -305,15 +305,16 @@ def choose_reward_model(
         choice = RewardModelChoice(name, why, place, where, what, load_in_8bit, *size)
         fitted = choice.added_to(memory).fitted(free, host_free, _ways(placement, load_in_8bit))
         way = {"visits": "offload", "streams": "stream"}.get(fitted.moves.get("reward model", ""), place)
+        options.append((replace(choice, placement=way), fitted))
         if place != "cpu" or choice.weights <= host_free - fitted.host_bytes():
-            options.append((replace(choice, placement=way), fitted))
-    for option in options:
+            in_host_memory.append(options[-1])
+    for option in in_host_memory:
         if option[1].max_bytes() <= free:
             return option
     if name == EMBEDDED:
         return options[0]
     if requested != "auto":  # one that may fit, else one that `check_fits` rejects
-        return next((option for option in options if option[1].min_bytes() <= free), options[0])
+        return next((option for option in in_host_memory if option[1].min_bytes() <= free), options[0])
     needed = options[0][1].max_bytes()
     why = f"auto: {ACEMATH} and the policy need up to {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
     return RewardModelChoice(None, why), without

@@ -331,6 +331,8 @@ def test_a_requested_placement_is_used_whatever_is_free(acemath_of_14_gb):
     assert choose(1, 1, "x", "cuda").placement == "device"
     assert choose(99, 99, "x", "offload").placement == "offload"
     assert choose(99, 99, "x", "cpu").device == CPU
+    assert choose(99, 1, "x", "cpu").device == CPU
+    assert choose(99, 1, "auto", "cpu").name is None
     assert choose(99, 99, "x", "cpu", device=CPU).placement == "device"
     assert choose(15, 99, "x", "offload").placement == "stream"
     assert choose(99, 99, "x", eight_bit=True).weights == 7e9
