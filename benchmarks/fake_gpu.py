@@ -7,6 +7,7 @@ replaced by what remains of them: a single kernel, and the tensors that it keeps
 
 import ctypes
 import functools
+import inspect
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -67,16 +68,17 @@ def one_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     plain = getattr(function, "__wrapped__", function)  # not compiled
 
+    parameters = list(inspect.signature(plain).parameters)
+    out = parameters.index("out") if "out" in parameters else None
+
     @functools.wraps(plain)
     def run(x: torch.Tensor, *args: Any) -> Any:
-        out = plain.__code__.co_varnames[: plain.__code__.co_argcount].index("out") if has_out else None
         read = [a for i, a in enumerate(args, start=1) if isinstance(a, torch.Tensor) and i != out]
         with as_one_kernel(plain.__name__, x, *read) as written:
             result = plain(x, *args)
             written += [x] if out else tensors_in(result)
         return result
 
-    has_out = "out" in plain.__code__.co_varnames[: plain.__code__.co_argcount]
     return run
 
 
